@@ -1,0 +1,26 @@
+# make demo: distil the embedded teacher, the main job.   make test: everything CI checks.
+PYTHON ?= python3
+BIN := .venv/bin
+SET :=
+
+.PHONY: demo test
+
+demo: .venv/runtime
+	$(BIN)/python -m dmd_train demo $(SET)
+
+test: .venv/runtime .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/runtime: requirements.txt constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt constraints.txt | .venv/runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-test.txt
+	touch $@

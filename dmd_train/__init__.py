@@ -1,0 +1,3 @@
+"""DMD One-Step's engine: distil a diffusion model into a one-step generator."""
+
+__version__ = "0.1.0"

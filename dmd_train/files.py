@@ -1,0 +1,79 @@
+"""Reading and writing files so that nothing foreign runs and nothing half-written is left."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import UserError
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and the metadata. Raises UserError unless the file is whole."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path; it is relative to this folder.")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start[:1] == b"\x80" or start == b"PK":
+        raise UserError(
+            f"{path}: a pickled PyTorch file, which may run code when loaded. "
+            "Convert it to .safetensors first."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}). Download or copy it again."
+        ) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it.
+
+    A reader sees the old file or the whole new one. Raises UserError if the folder refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}). Choose another output."
+        ) from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Atomically. Tensors may lie on any device."""
+    whole = {key: value.detach().contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(whole, temporary, metadata))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically, UTF-8."""
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

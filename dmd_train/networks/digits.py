@@ -1,0 +1,126 @@
+"""The embedded default: scikit-learn's 1,797 handwritten digits, 8x8, class-conditional, EDM."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..noise import denoising_weight, edm_scalings, per_sample
+from ..seeding import generator, randn
+from .edm import EDMNetwork
+
+FAMILY = "digits"
+CLASSES = 10
+SIZE = 8
+SIGMA_DATA = 0.75
+LICENSE = "Apache-2.0; trained on the UCI optical digits data set, CC BY 4.0"
+
+
+class Digits(NamedTuple):
+    """image: (1797, 1, 8, 8) in [-1, 1]; label: (1797,) int64."""
+
+    image: Tensor
+    label: Tensor
+
+
+def digits() -> Digits:
+    """scikit-learn's digits; pixels 0..16 become [-1, 1]."""
+    data = load_digits()
+    image = torch.tensor(data.images, dtype=torch.float32) / 8 - 1
+    return Digits(rearrange(image, "n h w -> n 1 h w"), torch.tensor(data.target).long())
+
+
+class DigitsNet(nn.Module):
+    """A residual MLP over the 64 pixels; noise level and class scale and shift every block."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int = 192, blocks: int = 3, embedding: int = 64) -> None:
+        super().__init__()
+        frequencies = 0.5 * 2.0 ** torch.linspace(0, 5, 16)  # radians per unit of c_noise
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.noise = nn.Linear(2 * len(frequencies), embedding)
+        self.label = nn.Embedding(CLASSES + 1, embedding)
+        self.modulation = nn.Linear(embedding, 2 * width * blocks)
+        self.enter = nn.Linear(SIZE * SIZE, width)
+        self.expand = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.project = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.leave = nn.Linear(width, SIZE * SIZE)
+        for layer in (*self.project, self.leave):  # starts as the identity, F = 0
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        """x: (B, 1, 8, 8); c_noise: (B,); label: (B,) int64, 10 = no class -> (B, 1, 8, 8)."""
+        angle = c_noise[:, None] * self.frequencies
+        embedding = self.noise(torch.cat([angle.cos(), angle.sin()], dim=1)) + self.label(label)
+        modulation = self.modulation(functional.silu(embedding)).chunk(2 * len(self.expand), dim=1)
+        h = self.enter(x.flatten(1))
+        for i, (expand, project) in enumerate(zip(self.expand, self.project, strict=True)):
+            scale, shift = modulation[2 * i], modulation[2 * i + 1]
+            inner = expand(functional.layer_norm(h, h.shape[1:]))
+            h = h + project(functional.silu(torch.addcmul(shift, inner, 1 + scale)))
+        h = functional.silu(functional.layer_norm(h, h.shape[1:]))
+        return self.leave(h).view_as(x)
+
+
+def digits_network() -> EDMNetwork:
+    """The digits network with fresh weights."""
+    return EDMNetwork(
+        DigitsNet(),
+        family=FAMILY,
+        shape=(1, SIZE, SIZE),
+        classes=CLASSES,
+        sigma_data=SIGMA_DATA,
+        license=LICENSE,
+    )
+
+
+def train_digits_teacher(network: EDMNetwork, steps: int, seed: int) -> Iterator[int]:
+    """Train a teacher as EDM does, yielding the steps done; its weights end as a moving average.
+
+    Log-normal sigma (EDM table 1: P_mean -1.2, P_std 1.2), stratified over the batch; labels are
+    dropped one time in ten, so that guidance works; the weights are a moving average.
+    """
+    batch, learning_rate, warmup, ema_decay = 256, 2e-3, 300, 0.9995
+    parameters = list(network.module.parameters())
+    average = [parameter.detach().clone() for parameter in parameters]
+    update_average = get_ema_multi_avg_fn(ema_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    data = digits()
+
+    for step in range(steps):
+        gen = generator(network.device, seed, step, "digits teacher")
+        rows = torch.randint(len(data.image), (batch,), generator=gen)
+        dropped = torch.rand(batch, generator=gen) < 0.1
+        label = data.label[rows].masked_fill(dropped, CLASSES)
+        uniform = (torch.arange(batch) + torch.rand(batch, generator=gen)) / batch
+        sigma = (-1.2 + 1.2 * torch.special.ndtri(uniform.double().clamp(1e-5, 1 - 1e-5))).exp()
+
+        x0 = data.image[rows]
+        x = x0 + per_sample(sigma).float() * randn(x0.shape, gen)
+        c = edm_scalings(sigma, SIGMA_DATA)
+        output = network.module(per_sample(c.c_in).float() * x, c.c_noise.float(), label)
+        mu = per_sample(c.c_skip).float() * x + per_sample(c.c_out).float() * output
+        weight = per_sample(denoising_weight("edm", sigma, sigma, SIGMA_DATA)).float()
+        loss = (weight * (mu - x0).square()).mean()
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / warmup) * decay
+        optimizer.step()
+        with torch.no_grad():
+            update_average(average, parameters, torch.tensor(step))
+            if step == steps - 1:
+                for parameter, value in zip(parameters, average, strict=True):
+                    parameter.copy_(value)
+        yield step + 1

@@ -1,0 +1,83 @@
+"""Class-conditional networks, EDM preconditioned: D = c_skip x_t + c_out F(c_in x_t, c_noise)."""
+
+import json
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ..network import NETWORK_KEY, Condition, Network
+from ..noise import EDM, edm_scalings, per_sample, x0_from
+
+FAMILY = "edm-unet"
+
+
+class EDMNetwork(Network):
+    """Preconditioning around a raw network F(x, c_noise, label) -> like x.
+
+    The condition is {"label": (B,) int64}, 0..classes-1; `classes` itself means "no class".
+    """
+
+    prediction = "edm"
+    noise: EDM
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        family: str,
+        shape: tuple[int, int, int],
+        classes: int,
+        sigma_data: float,
+        license: str,
+    ) -> None:
+        self.module, self.family, self.shape = module, family, shape
+        self.classes, self.sigma_data, self.license = classes, sigma_data, license
+        self.noise = EDM()
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        sigma = self.noise.sigma(t)
+        scalings = edm_scalings(sigma, self.sigma_data)
+        x_in = (per_sample(scalings.c_in) * x_t).to(x_t.dtype)
+        output = self.module(x_in, scalings.c_noise.to(x_t.dtype), condition["label"])
+        return x0_from("edm", output, x_t, self.noise.alpha(t), sigma, self.sigma_data)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        return {"label": torch.full_like(condition["label"], self.classes)}
+
+    def file_metadata(self) -> dict[str, str]:
+        module_config = getattr(self.module, "config", {})
+        description = {
+            "family": self.family,
+            "shape": self.shape,
+            "classes": self.classes,
+            "sigma_data": self.sigma_data,
+            "license": self.license,
+            "config": {k: v for k, v in module_config.items() if not k.startswith("_")},
+        }
+        return {NETWORK_KEY: json.dumps(description)}
+
+
+class EDMUNet(UNet2DModel):
+    """diffusers' UNet2DModel as a raw EDM network; its last class embedding is "no class"."""
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        """x: (B, C, H, W); c_noise: (B,); label: (B,) int64 -> (B, C, H, W)."""
+        return super().forward(x, c_noise, class_labels=label, return_dict=False)[0]
+
+
+def edm_unet(
+    classes: int, sigma_data: float = 0.5, license: str = "unknown", **config: Any
+) -> EDMNetwork:
+    """An untrained class-conditional UNet. `config` goes to UNet2DModel (block_out_channels...)."""
+    unet = EDMUNet(num_class_embeds=classes + 1, **config)
+    size = unet.config["sample_size"]
+    return EDMNetwork(
+        unet,
+        family=FAMILY,
+        shape=(unet.config["in_channels"], size, size),
+        classes=classes,
+        sigma_data=sigma_data,
+        license=license,
+    )

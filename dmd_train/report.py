@@ -1,0 +1,144 @@
+"""Pictures and tables of a run."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from rich.table import Table
+from torch import Tensor
+
+from .conditions import Conditions
+from .config import Config
+from .files import write_atomically, write_text
+from .metrics import SamplerNumbers
+from .network import Network
+from .recipe import Recipe
+from .sample import sample_heun, sample_student, step_noise
+
+matplotlib.use("agg")
+
+COLUMNS = 10
+"""Pictures in a row of a sheet: ten classes."""
+
+LABEL_HEIGHT = 16
+TARGET_SIZE = 64
+"""Small pictures are enlarged, by a whole factor, to at least this many pixels."""
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(N, C, H, W) in [-1, 1], C 1 or 3 -> (N, H, W, 3) uint8."""
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return rearrange(scaled.expand(-1, 3, -1, -1), "n c h w -> n h w c").numpy()
+
+
+def picture(image: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1] -> RGB, pixel for pixel."""
+    return Image.fromarray(to_uint8(image[None])[0])
+
+
+def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
+    """(N, C, H, W) in [-1, 1] -> rows of `columns`, small pictures enlarged."""
+    pixels = to_uint8(images)
+    factor = max(1, -(-TARGET_SIZE // pixels.shape[2]))
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    blank = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
+    whole = np.concatenate([pixels, blank])
+    return Image.fromarray(rearrange(whole, "(r c) h w k -> (r h) (c w) k", c=columns))
+
+
+def stack(rows: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of one width below each other, each under its caption."""
+    width = max(image.width for _, image in rows)
+    height = sum(image.height + LABEL_HEIGHT for _, image in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for caption, image in rows:
+        draw.text((4, top + 2), caption, fill="black")
+        sheet.paste(image, (0, top + LABEL_HEIGHT))
+        top += LABEL_HEIGHT + image.height
+    return sheet
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    """PNG, atomically."""
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+class SampleSheet:
+    """Teacher above student on the same noise and classes, drawn as often as wanted."""
+
+    def __init__(
+        self,
+        teacher: Network,
+        recipe: Recipe,
+        conditions: Conditions,
+        config: Config,
+        count: int = COLUMNS,
+    ) -> None:
+        self.recipe = recipe
+        self.noise = step_noise(teacher.shape, count, config.seed, recipe.nfe, teacher.device)
+        self.condition = conditions.balanced(count, teacher.device)
+        steps, guidance = config.pair_steps, config.guidance
+        images = sample_heun(teacher, self.noise[0], self.condition, steps, guidance)
+        self.teacher = (f"teacher, {2 * steps - 1} NFE", grid(images))
+
+    @torch.no_grad()
+    def draw(self, student: Network) -> Image.Image:
+        images = sample_student(student, self.recipe, self.condition, self.noise)
+        return stack([self.teacher, (f"student, {self.recipe.nfe} NFE", grid(images))])
+
+
+def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A panel for each value of metrics.jsonl, over student updates."""
+    names = [name for name in rows[0] if name not in ("step", "seconds")]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=0.8)
+        axis.set(title=name.replace("/", ": ").replace("_", " "), xlabel="student updates")
+        axis.set_yscale("log")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def summary(teacher: SamplerNumbers, student: SamplerNumbers) -> dict[str, Any]:
+    """What summary.json holds."""
+    return {
+        "teacher": asdict(teacher),
+        "student": asdict(student),
+        "speedup_batch_1": teacher.ms_per_image_batch_1 / student.ms_per_image_batch_1,
+        "speedup_batch_64": teacher.ms_per_image_batch_64 / student.ms_per_image_batch_64,
+    }
+
+
+def save_summary(path: Path, numbers: dict[str, Any]) -> None:
+    write_text(path, json.dumps(numbers, indent=2) + "\n")
+
+
+def numbers_table(columns: dict[str, SamplerNumbers]) -> Table:
+    """Samplers beside each other, for the terminal; two get a column of speed-up."""
+    table = Table(title="2,000 fresh samples, balanced classes")
+    table.add_column("")
+    for name, numbers in columns.items():
+        table.add_column(f"{name} ({numbers.nfe} NFE)", justify="right")
+    if len(columns) > 1:
+        table.add_column("speed-up", justify="right")
+    lines = [
+        ("Fréchet distance to the data", "frechet_distance", "{:.3f}"),
+        ("intra-class std ratio", "intra_class_std_ratio", "{:.3f}"),
+        ("ms an image, batch 1", "ms_per_image_batch_1", "{:.3f}"),
+        ("ms an image, batch 64", "ms_per_image_batch_64", "{:.4f}"),
+    ]
+    for title, key, form in lines:
+        values = [getattr(numbers, key) for numbers in columns.values()]
+        cells = [form.format(value) for value in values]
+        if len(values) > 1:
+            cells.append(f"{values[0] / values[1]:.1f}x" if key.startswith("ms") else "")
+        table.add_row(title, *cells)
+    return table
