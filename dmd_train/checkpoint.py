@@ -5,12 +5,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 from typing_extensions import Self
 
-from .config import Config, dump_config
+from .config import Config, dump_config, load_config
 from .errors import UserError
 from .files import read_safetensors, write_safetensors, write_text
 
@@ -92,12 +91,12 @@ class RunFolder:
         self._lock.release()
 
     def _check_same(self, run_yaml: Path) -> None:
-        begun = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
+        begun = load_config(run_yaml, []).model_dump(mode="json")
         now = self.config.model_dump(mode="json")
-        for key in now.keys() - FREE_TO_CHANGE:
-            if begun.get(key) != now[key]:
+        for key in sorted(now.keys() - FREE_TO_CHANGE):
+            if begun[key] != now[key]:
                 raise UserError(
-                    f"{self.path}: was begun with {key}: {begun.get(key)}, now it is {now[key]}. "
+                    f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
                     "Set it back, or choose another output."
                 )
 

@@ -181,7 +181,7 @@ def evaluate(
 @teacher_app.command()
 def digits(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 12000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train the digits teacher from scratch. The same seed gives the same weights."""
@@ -214,10 +214,10 @@ def _train(run: RunFolder, again: str) -> None:
                 _make_pairs(run, loaded.network, classes, stop)
             pairs = load_pairs(run.pairs, device)
         reports = distil(loaded.network, classes, recipe, config, run, pairs)
-        step = _watch(reports, run, stop)
+        _watch(reports, run, stop)
     save_curves(run.path / "curves.png", run.read_metrics())
-    if step < config.steps:
-        console.print(f"{run.path}: stopped at step {step}, saved. Go on with: {again}")
+    if not run.finished:
+        console.print(f"{run.path}: stopped and saved. Go on with: {again}", soft_wrap=True)
         _exit_stopped(stop)
 
 
@@ -231,23 +231,20 @@ def _make_pairs(run: RunFolder, teacher: EDMNetwork, classes: Classes, stop: Sto
                 _exit_stopped(stop)
 
 
-def _watch(reports: Generator[StepReport], run: RunFolder, stop: StopRequest) -> int:
-    """Draw the bar until the reports end or a stop is asked for. Returns the last step."""
-    step = 0
+def _watch(reports: Generator[StepReport], run: RunFolder, stop: StopRequest) -> None:
+    """Draw the bar until the reports end or a stop is asked for."""
     with bar() as progress, closing(reports):
         task = progress.add_task("distil", total=run.config.steps, note="")
         for report in reports:
-            if step == 0:
-                progress.reset(task, completed=report.step - 1)
-            while run.notes:
-                progress.console.print(run.notes.pop(0), soft_wrap=True)
-            step = report.step
-            if step % LOG_EVERY == 0:
+            if run.notes:
+                progress.console.print(*run.notes, sep="\n", soft_wrap=True)
+                run.notes.clear()
+                progress.reset(task, completed=report.step)
+            if report.step % LOG_EVERY == 0:
                 progress.update(task, note=_losses(report))
-            progress.update(task, completed=step)
+            progress.update(task, completed=report.step)
             if stop.signal:
                 break
-    return step
 
 
 def _losses(report: StepReport) -> str:
@@ -306,10 +303,10 @@ def _sample_command(student: Path) -> str:
     return f"python -m dmd_train sample {file} --class 7 --count 16 --seed 0 --out seven.png"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Bad input is one line on stderr and exit code 2."""
     try:
-        app()
+        app(arguments)
     except UserError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         sys.exit(2)

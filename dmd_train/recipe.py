@@ -26,9 +26,10 @@ class Recipe(BaseModel):
     noise_scale: float = Field(gt=0)
     baked_guidance: float = 1.0
     """The teacher's guidance during training. It is in the weights: sample without guidance."""
-    teacher: str
-    teacher_sha256: str
-    license: str
+    teacher: str = "unknown"
+    teacher_sha256: str = ""
+    """Of the teacher's file; empty where the student is somebody else's."""
+    license: str = "unknown"
 
     @property
     def nfe(self) -> int:

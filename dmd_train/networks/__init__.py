@@ -9,18 +9,22 @@ import torch
 
 from ..config import DIGITS
 from ..errors import UserError
-from ..files import read_safetensors, write_safetensors
+from ..files import write_safetensors
 from ..network import NETWORK_KEY, Network
-from ..recipe import Recipe, read_recipe
-from . import edm
+from ..recipe import Recipe
+from ..recognise import recognise
+from ..weights import peek, read_weights
 from .edm import EDMNetwork
 
 DIGITS_TEACHER = Path(__file__).with_name("digits-teacher.safetensors")
 
 
+READABLE = ("our student", "our teacher", "EDM class-conditional")
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A network from disk. recipe: None for a teacher."""
+    """A class-conditional network from disk. recipe: None for a teacher."""
 
     network: EDMNetwork
     recipe: Recipe | None
@@ -29,18 +33,41 @@ class Loaded:
 
 
 def load(name: str, device: torch.device) -> Loaded:
-    """'digits' or the path of a file written by this package. Raises UserError for others."""
+    """'digits', a file written by this package, or DMD2's ImageNet-64 generator.
+
+    Raises UserError for anything else.
+    """
     path = DIGITS_TEACHER if name == DIGITS else Path(name)
-    tensors, metadata = read_safetensors(path)
-    network = build(metadata, str(path))
-    try:
-        network.module.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{path}: its weights do not fit its network ({reason})") from None
+    shapes, metadata = peek(path)
+    found = recognise(shapes, metadata, str(path), wanted="checkpoint")
+    if found.layout not in READABLE:
+        raise UserError(
+            f"{path}: {found.summary}. Only class-conditional EDM networks are read here so far; "
+            "give 'digits' or a file written by dmd_train."
+        )
+    tensors, _ = read_weights(path)
+    if found.layout == "EDM class-conditional":
+        from .imagenet64 import imagenet64_network
+
+        network = imagenet64_network(tensors, str(path), found.license)
+    else:
+        network = build(metadata, str(path))
+        try:
+            network.module.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"{path}: its weights do not fit its network ({reason})") from None
     network.module.to(device).eval()
-    recipe = read_recipe(metadata, str(path))
-    return Loaded(network, recipe, path.stem, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Loaded(network, found.recipe, path.stem, hash_of(path))
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save(path: Path, teacher: Network) -> None:
@@ -50,20 +77,16 @@ def save(path: Path, teacher: Network) -> None:
 
 def build(metadata: dict[str, str], file: str) -> EDMNetwork:
     """The network that a file's metadata describes, with fresh weights."""
-    from . import digits
-
-    try:
-        described = json.loads(metadata[NETWORK_KEY])
-    except (KeyError, json.JSONDecodeError):
-        raise UserError(
-            f"{file}: does not say what network it holds (no {NETWORK_KEY} in its metadata). "
-            "Give 'digits' or a file written by dmd_train."
-        ) from None
+    described = json.loads(metadata[NETWORK_KEY])
     match described["family"]:
-        case digits.FAMILY:
-            return digits.digits_network()
-        case edm.FAMILY:
-            return edm.edm_unet(
+        case "digits":
+            from .digits import digits_network
+
+            return digits_network()
+        case "edm-unet":
+            from .edm_unet import edm_unet
+
+            return edm_unet(
                 classes=described["classes"],
                 sigma_data=described["sigma_data"],
                 license=described["license"],

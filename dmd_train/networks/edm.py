@@ -1,16 +1,12 @@
 """Class-conditional networks, EDM preconditioned: D = c_skip x_t + c_out F(c_in x_t, c_noise)."""
 
 import json
-from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ..network import NETWORK_KEY, Condition, Network
 from ..noise import EDM, edm_scalings, per_sample, x0_from
-
-FAMILY = "edm-unet"
 
 
 class EDMNetwork(Network):
@@ -57,27 +53,3 @@ class EDMNetwork(Network):
             "config": {k: v for k, v in module_config.items() if not k.startswith("_")},
         }
         return {NETWORK_KEY: json.dumps(description)}
-
-
-class EDMUNet(UNet2DModel):
-    """diffusers' UNet2DModel as a raw EDM network; its last class embedding is "no class"."""
-
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
-        """x: (B, C, H, W); c_noise: (B,); label: (B,) int64 -> (B, C, H, W)."""
-        return super().forward(x, c_noise, class_labels=label, return_dict=False)[0]
-
-
-def edm_unet(
-    classes: int, sigma_data: float = 0.5, license: str = "unknown", **config: Any
-) -> EDMNetwork:
-    """An untrained class-conditional UNet. `config` goes to UNet2DModel (block_out_channels...)."""
-    unet = EDMUNet(num_class_embeds=classes + 1, **config)
-    size = unet.config["sample_size"]
-    return EDMNetwork(
-        unet,
-        family=FAMILY,
-        shape=(unet.config["in_channels"], size, size),
-        classes=classes,
-        sigma_data=sigma_data,
-        license=license,
-    )

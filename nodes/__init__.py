@@ -1,0 +1,22 @@
+"""The nodes of DMD One-Step. The only Python of the pack that imports ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .class_label import DMDClassLabel
+from .load import LoadDMDCheckpoint, LoadDMDLoRA
+from .model_files import register_students
+from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
+
+register_students()
+
+
+class DMDOneStep(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            LoadDMDCheckpoint,
+            LoadDMDLoRA,
+            DMDModelSampling,
+            DMDOneStepSampler,
+            DMDEmptyLatent,
+            DMDClassLabel,
+        ]

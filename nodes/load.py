@@ -1,0 +1,124 @@
+"""Load DMD Checkpoint and Load DMD LoRA: the file says how it must be sampled."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..dmd_train import networks
+from ..dmd_train.recognise import Found, recognise
+from ..dmd_train.weights import peek, read_weights
+from .class_label import edm_model, pixel_vae
+from .model_files import choices, path_of
+from .model_recipe import with_recipe
+
+
+class LoadDMDCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_LoadCheckpoint",
+            display_name="Load DMD Checkpoint",
+            category="DMD One-Step",
+            description="Load a one-step or few-step model. The MODEL that comes out is exact in "
+            "any stock sampler too, at its number of steps and cfg 1.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=choices(),
+                    tooltip="A file of models/checkpoints or models/diffusion_models, or a student "
+                    "of this pack (dmd_students). .bin files are read without running their code.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="With the recipe of its file applied."),
+                io.Clip.Output(tooltip="Where the file holds text encoders."),
+                io.Vae.Output(tooltip="Where the file holds a VAE, or draws pixels."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> int:
+        return path_of(file).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = path_of(file)
+        shapes, metadata = peek(path)
+        found = recognise(shapes, metadata, str(path), wanted="checkpoint")
+        model, clip, vae = _load(path, found)
+        if found.recipe:
+            model = with_recipe(model, found.recipe)
+        absent = f"{file} holds no %s: load one with Load %s."
+        return io.NodeOutput(
+            model,
+            clip or ExecutionBlocker(absent % ("text encoder", "CLIP")),
+            vae or ExecutionBlocker(absent % ("VAE", "VAE")),
+            ui={"text": (found.summary,)},
+        )
+
+
+def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:
+    """MODEL, CLIP, VAE; the last two None where the file has none."""
+    match found.layout:
+        case "our student" | "our teacher" | "EDM class-conditional":
+            network = networks.load(str(path), torch.device("cpu")).network
+            return edm_model(network), None, pixel_vae(network.shape[0])
+        case "LDM single file":
+            embeddings = folder_paths.get_folder_paths("embeddings")
+            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+                str(path),
+                output_vae=found.vae,
+                output_clip=found.text_encoder,
+                embedding_directory=embeddings,
+            )
+            return model, clip, vae
+        case _:
+            tensors, _ = read_weights(path)
+            return comfy.sd.load_diffusion_model_state_dict(tensors), None, None
+
+
+class LoadDMDLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_LoadLoRA",
+            display_name="Load DMD LoRA",
+            category="DMD One-Step",
+            description="Make a MODEL few-step by a LoRA (DMD2's, or one trained here). The recipe "
+            "of the LoRA is applied to the MODEL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, with any other LoRAs before it."),
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file of models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="1 as trained; a little less can look better on community checkpoints.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="With the LoRA and its recipe applied.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, file: str, strength: float) -> io.NodeOutput:
+        path = Path(folder_paths.get_full_path_or_raise("loras", file))
+        shapes, metadata = peek(path)
+        found = recognise(shapes, metadata, str(path), wanted="LoRA")
+        tensors, _ = read_weights(path)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)
+        if found.recipe:
+            patched = with_recipe(patched, found.recipe)
+        return io.NodeOutput(patched, ui={"text": (found.summary,)})

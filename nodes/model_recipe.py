@@ -1,0 +1,77 @@
+"""A recipe on a ComfyUI MODEL: kept as an attachment, made true by its model_sampling."""
+
+from collections.abc import Sequence
+
+import comfy.model_base
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..dmd_train.errors import UserError
+from ..dmd_train.recipe import Recipe
+
+ATTACHMENT = "dmd_recipe"
+
+FAMILIES: dict[str, Sequence[str]] = {
+    "sd1": ("SD15",),
+    "sd2": ("SD20", "SD21UnclipL", "SD21UnclipH"),
+    "sdxl": ("SDXL", "SSD1B", "Segmind_Vega"),
+}
+"""Our name of a family -> the classes of comfy.supported_models that are of it."""
+
+
+NATIVE_SIZES = {"sd1": 512, "sd2": 768}
+
+
+def recipe_of(model: ModelPatcher) -> Recipe | None:
+    """The recipe that the MODEL was given, by its file or by DMD Model Sampling."""
+    return model.get_attachment(ATTACHMENT)
+
+
+def family_of(model: ModelPatcher) -> str:
+    """Our name of the MODEL's family, or ComfyUI's where we have none."""
+    config = model.model.model_config
+    for family, names in FAMILIES.items():
+        classes = tuple(getattr(comfy.supported_models, name, ()) for name in names)
+        if isinstance(config, tuple(kind for kind in classes if kind)):
+            return family
+    return getattr(config, "family", type(config).__name__)
+
+
+def native_size(model: ModelPatcher) -> int:
+    """Width and height, in pixels, of the pictures that the MODEL was made for."""
+    config = model.model.model_config
+    return getattr(config, "native_size", NATIVE_SIZES.get(family_of(model), 1024))
+
+
+def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
+    """The MODEL, sampled right by stock samplers at the recipe's number of steps and cfg 1.
+
+    Stock samplers start at sigma_max with noise of variance 1 + sigma_max^2, which the model's
+    input scaling makes unit variance. A student conditioned at t < 999 therefore needs a schedule
+    that ends at its t: the noisiest sigma is then sigma(t), and its input N(0, I).
+    Raises UserError if the MODEL is of another family, or of a kind that has no timesteps.
+    """
+    is_edm = model.model.model_type == comfy.model_base.ModelType.EDM
+    family = family_of(model)
+    if (recipe.prediction == "edm") != is_edm or not (is_edm or recipe.family == family):
+        raise UserError(f"the recipe is for {recipe.family}, the model is {family}")
+    patched = model.clone()
+    patched.set_attachments(ATTACHMENT, recipe)
+    if is_edm:
+        return patched
+    base = patched.model
+    sampling = comfy.model_base.model_sampling(base.model_config, base.model_type)
+    if max(recipe.timesteps) >= len(sampling.sigmas):
+        raise UserError(f"timestep {max(recipe.timesteps)}: the model knows 0 to 999")
+    sampling.set_sigmas(sampling.sigmas[: recipe.timesteps[0] + 1])
+    patched.add_object_patch("model_sampling", sampling)
+    return patched
+
+
+def sigmas_of(model: ModelPatcher, recipe: Recipe) -> torch.Tensor:
+    """The recipe's noise levels on the MODEL's own schedule, and the zero that ends them."""
+    table = model.get_model_object("model_sampling").sigmas
+    # a continuous EDM schedule has its own table; only its noisiest end is a student's timestep
+    chosen = [table[-1]] if recipe.prediction == "edm" else [table[t] for t in recipe.timesteps]
+    return torch.stack([*chosen, torch.zeros_like(chosen[0])]).cpu()

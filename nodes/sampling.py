@@ -1,0 +1,212 @@
+"""DMD Model Sampling (a recipe on a MODEL) and DMD One-Step Sampler (the recipe, carried out)."""
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..dmd_train.errors import UserError
+from ..dmd_train.presets import PRESETS
+from ..dmd_train.recipe import Recipe
+from .model_recipe import family_of, native_size, recipe_of, sigmas_of, with_recipe
+
+FROM_FILE, CUSTOM = "from the file", "custom timesteps"
+
+
+def needed_recipe(model: ModelPatcher) -> Recipe:
+    recipe = recipe_of(model)
+    if recipe is None:
+        raise UserError(
+            "this MODEL does not say in how many steps it samples: put DMD Model Sampling before "
+            "it and choose a recipe there"
+        )
+    return recipe
+
+
+def dmd_sampler() -> comfy.samplers.KSAMPLER:
+    """x0 prediction, then fresh noise: what ComfyUI calls lcm. With one step, x0 itself."""
+    return comfy.samplers.sampler_object("lcm")
+
+
+class DMDModelSampling(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_ModelSampling",
+            display_name="DMD Model Sampling",
+            category="DMD One-Step",
+            description="Say how a few-step MODEL must be sampled. Wire MODEL to a stock KSampler "
+            "(its step count, cfg 1), or all three to SamplerCustom.",
+            inputs=[
+                io.Model.Input("model", tooltip="A few-step model from any loader."),
+                io.Combo.Input(
+                    "recipe",
+                    options=[FROM_FILE, *PRESETS, CUSTOM],
+                    default=FROM_FILE,
+                    tooltip="From the file: what Load DMD Checkpoint or Load DMD LoRA read. "
+                    "Otherwise the recipe that the model's author names.",
+                ),
+                io.String.Input(
+                    "timesteps",
+                    default="999",
+                    tooltip="Only for custom timesteps: one network evaluation for each, noisiest "
+                    "first, 0 to 999. Example: 999, 749, 499, 249.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Exact in stock samplers at its step count, cfg 1."),
+                io.Sampler.Output(tooltip="For SamplerCustom."),
+                io.Sigmas.Output(tooltip="For SamplerCustom: the recipe's noise levels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, recipe: str, timesteps: str) -> io.NodeOutput:
+        if recipe == FROM_FILE:
+            chosen = needed_recipe(model)
+        elif recipe == CUSTOM:
+            chosen = custom_recipe(model, timesteps)
+        else:
+            chosen = PRESETS[recipe]
+        patched = with_recipe(model, chosen)
+        return io.NodeOutput(patched, dmd_sampler(), sigmas_of(patched, chosen))
+
+
+def custom_recipe(model: ModelPatcher, timesteps: str) -> Recipe:
+    """The user's own timesteps on a MODEL of a family with a discrete schedule."""
+    try:
+        chosen = tuple(int(t) for t in timesteps.replace(",", " ").split())
+    except ValueError:
+        chosen = ()
+    if (
+        not chosen
+        or not all(0 <= t <= 999 for t in chosen)
+        or list(chosen) != sorted(set(chosen), reverse=True)
+    ):
+        raise UserError(
+            f"timesteps: '{timesteps}' is no list of falling numbers from 999 to 0; "
+            "write for example 999, 749, 499, 249"
+        )
+    return Recipe(family=family_of(model), prediction="eps", timesteps=chosen, noise_scale=1.0)
+
+
+class ConditionalGuider(comfy.samplers.CFGGuider):
+    """The positive condition alone: guidance is in a student's weights."""
+
+    def set_conds(self, positive: list) -> None:
+        self.inner_set_conds({"positive": positive})
+
+
+class DMDOneStepSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_OneStepSampler",
+            display_name="DMD One-Step Sampler",
+            category="DMD One-Step",
+            description="Sample a DMD model by its own recipe: one network call for a one-step "
+            "model, and no more than its steps for the others. No cfg, no negative prompt.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load DMD Checkpoint, Load DMD LoRA or DMD Model Sampling.",
+                ),
+                io.Conditioning.Input("positive", tooltip="A prompt, or a class label."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same noise as in KSampler.",
+                ),
+                *size_inputs(),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Instead of width, height and batch size; its noise mask counts too.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="For VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        positive: list,
+        seed: int,
+        width: int,
+        height: int,
+        batch_size: int,
+        latent: dict | None = None,
+    ) -> io.NodeOutput:
+        recipe = needed_recipe(model)
+        given = latent or {"samples": empty_latent(model, width, height, batch_size)}
+        samples = comfy.sample.fix_empty_latent_channels(model, given["samples"])
+        noise = comfy.sample.prepare_noise(samples, seed, given.get("batch_index"))
+        guider = ConditionalGuider(model)
+        guider.set_conds(positive)
+        sampled = guider.sample(
+            noise,
+            samples,
+            dmd_sampler(),
+            sigmas_of(model, recipe),
+            denoise_mask=given.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, recipe.nfe),
+            disable_pbar=True,
+            seed=seed,
+        )
+        device = comfy.model_management.intermediate_device()
+        return io.NodeOutput(given | {"samples": sampled.to(device)})
+
+
+def size_inputs() -> list[io.Input]:
+    """Width, height and batch size, as two nodes have them."""
+    return [
+        *(
+            io.Int.Input(
+                side,
+                default=0,
+                min=0,
+                max=16384,
+                step=8,
+                tooltip="In pixels. 0: the size the model was made for.",
+            )
+            for side in ("width", "height")
+        ),
+        io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures at once."),
+    ]
+
+
+def empty_latent(model: ModelPatcher, width: int, height: int, batch_size: int) -> torch.Tensor:
+    """Zeros, (batch_size, C, H, W) in the MODEL's own latent format; 0 is its native size."""
+    latent_format = model.get_model_object("latent_format")
+    ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
+    native = native_size(model)
+    size = ((height or native) // ratio, (width or native) // ratio)
+    device = comfy.model_management.intermediate_device()
+    return torch.zeros((batch_size, latent_format.latent_channels, *size), device=device)
+
+
+class DMDEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_EmptyLatent",
+            display_name="DMD Empty Latent",
+            category="DMD One-Step",
+            description="An empty latent of the right kind and size for this MODEL, for a stock "
+            "KSampler. Needed for pixel models (digits, ImageNet-64), handy for the others.",
+            inputs=[io.Model.Input("model", tooltip="The model that samples."), *size_inputs()],
+            outputs=[io.Latent.Output(tooltip="For KSampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, width: int, height: int, batch_size: int
+    ) -> io.NodeOutput:
+        return io.NodeOutput({"samples": empty_latent(model, width, height, batch_size)})

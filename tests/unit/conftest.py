@@ -1,0 +1,73 @@
+"""Runs of the real command line on the embedded teacher, made short."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from dmd_train import cli
+
+SHORT = {
+    "teacher": "digits",
+    "preset": "digits-one-step",
+    "steps": 40,
+    "batch_size": 4,
+    "pairs": 20,
+    "pair_steps": 2,
+    "critic_updates": 2,
+    "checkpoint_every": 10,
+    "sample_every": 20,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny networks are slower on two."""
+    torch.set_num_threads(1)
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def dmd(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """`python -m dmd_train` with these arguments, in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        code = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+WriteRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_run() -> WriteRun:
+    """Write a short run.yaml into a folder; its output is `folder`/run. None leaves a key out."""
+
+    def write(folder: Path, **settings: object) -> Path:
+        values = SHORT | {"output": str(folder / "run")} | settings
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+        return path
+
+    return write

@@ -1,0 +1,194 @@
+"""Bad input is one line that names the file, the value and the way out; exit code 2."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmd_train.networks import DIGITS_TEACHER
+
+Command = Callable
+WriteRun = Callable[..., Path]
+
+
+def refused(outcome: tuple[int, str, str], *words: object) -> None:
+    code, out, err = outcome
+    assert code == 2, out + err
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in out + err
+    for word in words:
+        assert str(word) in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rat": 1e-4}, ["learning_rat", "Did you mean 'learning_rate'?"]),
+        ({"preset": "digits-onestep"}, ["digits-onestep", "Did you mean 'digits-one-step'?"]),
+        ({"steps": "many"}, ["steps", "integer", "many"]),
+        ({"steps": -3}, ["steps", "greater than or equal to 1", "-3"]),
+        ({"device": "gpu"}, ["device", "cuda", "gpu"]),
+        ({"t_min": 900, "t_max": 100}, ["t_min (900)", "t_max (100)"]),
+        ({"teacher": None}, ["teacher", "required"]),
+        ({"teacher": "no/such.safetensors"}, ["no/such.safetensors", "no such file"]),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value(
+    settings: dict, words: list[str], tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    refused(dmd("train", write_run(tmp_path, **settings)), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [1, 2", ["run.yaml", "not valid YAML"]),
+        ("", ["run.yaml", "holds no settings"]),
+        ("- steps", ["run.yaml", "holds no settings"]),
+        ("\0\1", ["run.yaml"]),
+    ],
+)
+def test_a_run_yaml_that_is_no_settings_file_is_refused(
+    text: str, words: list[str], tmp_path: Path, dmd: Command
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    refused(dmd("train", "run.yaml"), *words)
+
+
+def test_a_missing_run_yaml_is_named(dmd: Command) -> None:
+    refused(dmd("train", "none.yaml"), "none.yaml", "no such file")
+
+
+@pytest.mark.parametrize("override", ["steps", "steps=[", "stepz=3"])
+def test_a_bad_override_is_named(
+    override: str, tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    refused(dmd("train", write_run(tmp_path), "--set", override), "step")
+
+
+class Bomb:
+    """A pickle that would write a file when loaded."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
+def make_truncated(path: Path) -> None:
+    path.write_bytes(DIGITS_TEACHER.read_bytes()[:-5000])
+
+
+def make_text(path: Path) -> None:
+    path.write_text("this is not a model")
+
+
+def make_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def make_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def make_zip_pickle(path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, path)
+
+
+def make_foreign(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def make_misfit(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(DIGITS_TEACHER, "pt") as file:
+        metadata = file.metadata()
+    save_file({"weight": torch.zeros(2)}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_truncated, ["not a whole safetensors file", "again"]),
+        (make_text, ["not a whole safetensors file"]),
+        (make_empty, ["not a whole safetensors file"]),
+        (make_pickle, ["pickled", "Convert it"]),
+        (make_zip_pickle, ["pickled", "Convert it"]),
+        (make_foreign, ["keys such as weight", "written by dmd_train"]),
+        (make_misfit, ["do not fit"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+def test_a_file_that_is_no_model_of_ours_is_refused_and_runs_nothing(
+    command: str,
+    make: Callable[[Path], None],
+    words: list[str],
+    tmp_path: Path,
+    dmd: Command,
+    write_run: WriteRun,
+) -> None:
+    make(tmp_path / "model.safetensors")
+    arguments = {
+        "train": ["train", write_run(tmp_path, teacher="model.safetensors")],
+        "sample": ["sample", "model.safetensors", "--out", "out.png"],
+        "evaluate": ["evaluate", "model.safetensors"],
+    }
+    refused(dmd(*arguments[command]), "model.safetensors", *words)
+    assert not (tmp_path / "exploded").exists()
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_class_out_of_range_is_refused_with_the_range(label: int, dmd: Command) -> None:
+    outcome = dmd("sample", DIGITS_TEACHER, "--class", label, "--out", "x.png")
+    refused(outcome, f"--class {label}", "0 to 9")
+    assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize("out", ["x.jpg", "x.safetensors"])
+def test_an_output_of_another_kind_is_refused(out: str, dmd: Command) -> None:
+    refused(dmd("sample", DIGITS_TEACHER, "--out", out), out, ".png")
+
+
+@pytest.mark.parametrize("output", ["/proc/run", "run.yaml/run", "run.yaml"])
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    output: str, tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    run_yaml = write_run(tmp_path, output=output)
+    before = run_yaml.read_bytes()
+    refused(dmd("train", run_yaml), output, "Choose another")
+    assert run_yaml.read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(
+    tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.txt").write_text("years of work")
+    refused(dmd("train", write_run(tmp_path)), "holds other files")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_begun_with_other_settings_is_not_taken_up(
+    tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    assert dmd("train", write_run(tmp_path, steps=2)).code == 0
+    refused(dmd("train", write_run(tmp_path, steps=2, seed=1)), "seed: 0", "now it is 1")
+
+
+@pytest.mark.parametrize("interval", [10, 1000])
+def test_a_non_finite_loss_stops_the_run_names_the_network_and_keeps_the_last_checkpoint(
+    interval: int, tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    """A learning rate that grows with the warm-up until the weights overflow."""
+    settings = {"learning_rate": 1e4, "warmup_steps": 0, "schedule": "constant"}
+    run_yaml = write_run(tmp_path, steps=400, checkpoint_every=interval, **settings)
+    outcome = dmd("train", run_yaml)
+    refused(outcome, tmp_path / "run", " step ", "learning_rate")
+    assert "student: " in outcome.err or "critic: " in outcome.err
+    for file in (tmp_path / "run/checkpoints").glob("*"):
+        from dmd_train.files import read_safetensors
+
+        assert all(tensor.isfinite().all() for tensor in read_safetensors(file)[0].values())

@@ -1,0 +1,185 @@
+"""A stopped run, continued, is the uninterrupted run."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from dmd_train import cli
+from dmd_train.files import read_safetensors, write_atomically
+
+ROOT = Path(__file__).parents[2]
+STEPS, INTERVAL = 160, 10
+
+
+def train(run_yaml: Path) -> None:
+    cli.app(["train", str(run_yaml)], standalone_mode=False)
+
+
+def start(run_yaml: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dmd_train", "train", str(run_yaml)]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_checkpoint(run: Path, process: "subprocess.Popen[str]") -> None:
+    while not list(run.glob("checkpoints/step-*.safetensors")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def newest_step(run: Path) -> int:
+    return max(int(file.stem.removeprefix("step-")) for file in run.glob("checkpoints/step-*"))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """The final training state (student, critic, average, both optimisers) and the student."""
+    files = [f"checkpoints/step-{STEPS:08d}.safetensors", "student.safetensors"]
+    for file in files:
+        a, b = read_safetensors(one / file)[0], read_safetensors(other / file)[0]
+        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return True
+
+
+def logged_steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, int]:
+    return {"steps": STEPS, "checkpoint_every": INTERVAL, "sample_every": 80}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_run: Callable[..., Path],
+    settings: dict[str, int],
+) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(write_run(folder, **settings))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_by_a_signal_goes_on_to_bit_identical_weights(
+    sent: signal.Signals,
+    uninterrupted: Path,
+    tmp_path: Path,
+    write_run: Callable[..., Path],
+    settings: dict[str, int],
+) -> None:
+    run_yaml = write_run(tmp_path, **settings)
+    process = start(run_yaml)
+    wait_for_checkpoint(tmp_path / "run", process)
+    time.sleep(0.11)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + sent, output
+    assert "stopped and saved. Go on with: python -m dmd_train train" in " ".join(output.split())
+    stopped_at = newest_step(tmp_path / "run")
+    assert stopped_at < STEPS
+    assert logged_steps(tmp_path / "run") == list(range(1, stopped_at + 1))
+    assert (tmp_path / "run/student.safetensors").exists()
+
+    train(run_yaml)
+    assert same_weights(tmp_path / "run", uninterrupted)
+    assert logged_steps(tmp_path / "run") == list(range(1, STEPS + 1))
+
+
+def test_kill_9_loses_at_most_one_checkpoint_interval_and_says_from_where_it_goes_on(
+    uninterrupted: Path,
+    tmp_path: Path,
+    write_run: Callable[..., Path],
+    settings: dict[str, int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run_yaml = write_run(tmp_path, **settings)
+    process = start(run_yaml)
+    wait_for_checkpoint(tmp_path / "run", process)
+    time.sleep(0.17)
+    process.kill()
+    process.communicate(timeout=60)
+    kept = newest_step(tmp_path / "run")
+    reached = logged_steps(tmp_path / "run")[-1]
+    assert kept < STEPS
+    assert reached - kept <= INTERVAL
+
+    train(run_yaml)
+    assert f"going on from step {kept}" in capfd.readouterr().out
+    assert same_weights(tmp_path / "run", uninterrupted)
+    assert logged_steps(tmp_path / "run") == list(range(1, STEPS + 1))
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over_with_a_message(
+    uninterrupted: Path,
+    tmp_path: Path,
+    write_run: Callable[..., Path],
+    settings: dict[str, int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    run_yaml = write_run(tmp_path, **settings)
+    process = start(run_yaml)
+    wait_for_checkpoint(run, process)
+    while newest_step(run) < 3 * INTERVAL:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    newest = newest_step(run)
+    file = run / f"checkpoints/step-{newest:08d}.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+    train(run_yaml)
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"{file}: not a whole safetensors file" in said
+    assert f"going on from step {newest - INTERVAL}" in said
+    assert same_weights(run, uninterrupted)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    uninterrupted: Path, write_run: Callable[..., Path], dmd: Callable, settings: dict[str, int]
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")}
+    outcome = dmd("train", uninterrupted.parent / "run.yaml")
+    assert outcome.code == 0
+    assert f"finished before, at step {STEPS}" in " ".join(outcome.out.split())
+    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.safetensors")}
+
+
+def test_a_folder_in_use_by_a_live_run_is_refused(
+    tmp_path: Path, write_run: Callable[..., Path], dmd: Callable
+) -> None:
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/.lock"):
+        outcome = dmd("train", write_run(tmp_path))
+    assert outcome.code == 2
+    assert "another run is using this folder" in outcome.err
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
+    files = sorted(file.name for file in (uninterrupted / "checkpoints").iterdir())
+    assert files == [f"step-{step:08d}.safetensors" for step in (STEPS - INTERVAL, STEPS)]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "student.safetensors"
+    target.write_bytes(b"old")
+
+    def dies(temporary: Path) -> None:
+        temporary.write_bytes(b"half of the ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, dies)
+    assert target.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
