@@ -13,7 +13,6 @@ from dmd_train.network import guided_x0
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.noise import EDM, VP, Flow, Noise
 from dmd_train.objectives import (
-    NORMALISER_EPSILON,
     Denoising,
     DistributionMatching,
     Regression,
@@ -77,7 +76,7 @@ def test_g_is_fake_minus_real_over_the_mean_distance_of_the_sample_to_real() -> 
     x = torch.tensor([[[[3.0]], [[-1.0]]]])  # C = 2
     matching = DistributionMatching(constant(1.0), constant(5.0))
     g = matching.gradient(x, labels(1), torch.tensor([500]), torch.zeros_like(x))
-    torch.testing.assert_close(g, torch.full_like(x, (5 - 1) / ((2 + 2) / 2 + NORMALISER_EPSILON)))
+    torch.testing.assert_close(g, torch.full_like(x, (5 - 1) / ((2 + 2) / 2)))
 
 
 def test_g_does_not_depend_on_the_scale_of_a_sample() -> None:
@@ -349,7 +348,7 @@ def relative_error(module: nn.Module, exact: nn.Module) -> float:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_students_gradient_is_the_papers_in_float64(guidance: float) -> None:
-    """Algorithms 1 and 2. Measured: MEASURED_DM."""
+    """Algorithms 1 and 2. Measured, 8 seeds: 1.8e-6 to 2.6e-6; guided, 0.6e-6 to 0.9e-6."""
     teacher, critic, student = digits_trio()
     batch = 64
     label, z = torch.arange(batch) % 10, randn(batch, 1, 8, 8)
@@ -377,13 +376,11 @@ def test_the_students_gradient_is_the_papers_in_float64(guidance: float) -> None
         weighting_factor = (x - pred_real).abs().mean(dim=[1, 2, 3], keepdim=True)
         grad = (pred_fake - pred_real) / weighting_factor
     (0.5 * (x - (x - grad).detach()).square().mean()).backward()
-    error = relative_error(student.module, generator)
-    print("DM", guidance, error)
-    assert error <= 1e-5
+    assert relative_error(student.module, generator) <= 1e-5
 
 
 def test_the_critics_gradient_is_the_papers_in_float64() -> None:
-    """Algorithm 3, at the noise levels of the whole range. Measured: MEASURED_FAKE."""
+    """Algorithm 3, at the noise levels of the whole range. Measured, 8 seeds: 1.8e-6 to 3.4e-6."""
     _, critic, student = digits_trio()
     batch = 64
     label, z = torch.arange(batch) % 10, randn(batch, 1, 8, 8)
@@ -400,6 +397,4 @@ def test_the_critics_gradient_is_the_papers_in_float64() -> None:
     pred = paper_denoiser(mu_fake, x.double() + sigma * eps, t, label, critic.sigma_data)
     weight = sigma**-2 + critic.sigma_data**-2
     (weight * (pred - x.double()) ** 2).mean().backward()
-    error = relative_error(critic.module, mu_fake)
-    print("fake", error)
-    assert error <= 1e-5
+    assert relative_error(critic.module, mu_fake) <= 1e-5
