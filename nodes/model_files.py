@@ -12,8 +12,8 @@ FOLDERS = ("checkpoints", "diffusion_models", STUDENTS)
 
 
 def register_students() -> None:
-    """This pack's own students: those it ships, and those of its training runs."""
-    for folder in (PACK / "students", PACK / "runs"):
+    """This pack's own files: the student and the teacher it ships, the students of its runs."""
+    for folder in (PACK / "students", PACK / "dmd_train" / "networks", PACK / "runs"):
         folder_paths.add_model_folder_path(STUDENTS, str(folder))
     paths, _ = folder_paths.folder_names_and_paths[STUDENTS]
     folder_paths.folder_names_and_paths[STUDENTS] = (paths, {".safetensors"})
