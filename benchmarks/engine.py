@@ -130,9 +130,8 @@ def main() -> None:
     print(f"{millions:.2f} M parameters, batch {args.batch}, {args.size}x{args.size}, {device}")
     print(f"engine  {statistics.median(e for e, _ in rounds):.3f} s an iteration")
     print(f"bare    {statistics.median(b for _, b in rounds):.3f} s")
-    print(
-        f"ratio   {statistics.median(e / b for e, b in rounds):.3f} (median of {len(rounds)} rounds)"
-    )
+    ratio = statistics.median(e / b for e, b in rounds)
+    print(f"ratio   {ratio:.3f} (median of {len(rounds)} rounds)")
     print(f"peak    {memory_engine:.0f} MiB engine, {memory_bare:.0f} MiB bare calls")
 
 
