@@ -27,7 +27,7 @@ from rich.progress import (
 from . import networks
 from .checkpoint import RunFolder
 from .conditions import Classes
-from .config import DIGITS, load_config, make_config, parse_overrides
+from .config import DIGITS, Config, load_config, make_config, parse_overrides
 from .distil import LOG_EVERY, StepReport, distil
 from .errors import UserError
 from .files import write_atomically
@@ -48,6 +48,14 @@ teacher_app = typer.Typer(no_args_is_help=True, help="Train an embedded teacher 
 app.add_typer(teacher_app, name="teacher")
 
 console = Console()
+
+PYTHON = ".venv/bin/python" if Path(".venv/bin/python").exists() else "python"
+"""How the next command to type begins, in this folder."""
+
+SETTINGS = "Settings: " + "; ".join(
+    f"{name} ({field.description})" if field.description else name
+    for name, field in Config.model_fields.items()
+)
 
 SetOption = Annotated[
     list[str] | None,
@@ -94,13 +102,13 @@ def bar() -> Progress:
     )
 
 
-@app.command()
+@app.command(epilog=SETTINGS)
 def demo(set_: SetOption = None) -> None:
     """Distil the embedded teacher to one step and measure it: the whole job, in minutes."""
     settings = {"teacher": DIGITS, "preset": "digits-one-step", "output": str(_demo_folder())}
     config = make_config(settings | parse_overrides(set_ or []), "demo")
     with RunFolder(config) as run:
-        _train(run, again="python -m dmd_train demo")
+        _train(run, again=f"{PYTHON} -m dmd_train demo")
         student = networks.load(str(run.student), config.device_object())
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
@@ -109,7 +117,7 @@ def demo(set_: SetOption = None) -> None:
         console.print(_sample_command(run.student), soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=SETTINGS)
 def train(
     run_yaml: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The settings of the run.")],
     set_: SetOption = None,
@@ -123,7 +131,7 @@ def train(
         if run.finished:
             console.print(f"{run.path}: finished before, at step {config.steps}: {run.student}")
             return
-        again = ["python", "-m", "dmd_train", "train", str(run_yaml)]
+        again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         _train(run, shlex.join(again + [part for value in set_ or [] for part in ("--set", value)]))
         console.print(f"{run.path}: finished. Next:")
         console.print(_sample_command(run.student), soft_wrap=True)
@@ -300,7 +308,7 @@ def _demo_folder() -> Path:
 
 def _sample_command(student: Path) -> str:
     file = shlex.quote(str(student))
-    return f"python -m dmd_train sample {file} --class 7 --count 16 --seed 0 --out seven.png"
+    return f"{PYTHON} -m dmd_train sample {file} --class 7 --count 16 --seed 0 --out seven.png"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -82,17 +82,16 @@ class Distillation:
 
         if pairs is None:
             x = self._generate(noise, condition)
-            loss = self.distribution_matching(x, condition, gen)
-            values["student/distribution_matching"] = loss.detach()
         else:
-            ref = pairs.batch(batch, self._generator(step, "pairs"))
+            ref = pairs.batch(self.config.pair_batch_size, self._generator(step, "pairs"))
             both = {key: torch.cat([condition[key], ref.condition[key]]) for key in condition}
-            x, x_ref = self._generate(torch.cat([noise, ref.noise]), both).chunk(2)
-            matching = self.distribution_matching(x, condition, gen)
+            x, x_ref = self._generate(torch.cat([noise, ref.noise]), both).tensor_split([batch])
+        loss = self.distribution_matching(x, condition, gen)
+        values["student/distribution_matching"] = loss.detach()
+        if pairs is not None:
             regression = self.regression(x_ref, ref.image)
-            loss = matching + self.config.regression_weight * regression
-            values["student/distribution_matching"] = matching.detach()
             values["student/regression"] = regression.detach()
+            loss = loss + self.config.regression_weight * regression
         values["student/gradient_norm"] = self.student.update(loss, step)
         self.ema.update(step)
 

@@ -28,6 +28,9 @@ COLUMNS = 10
 """Pictures in a row of a sheet: ten classes."""
 
 LABEL_HEIGHT = 16
+GAP = 2
+"""White pixels around each picture of a sheet."""
+
 TARGET_SIZE = 64
 """Small pictures are enlarged, by a whole factor, to at least this many pixels."""
 
@@ -48,6 +51,7 @@ def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
     pixels = to_uint8(images)
     factor = max(1, -(-TARGET_SIZE // pixels.shape[2]))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    pixels = np.pad(pixels, ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
     blank = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
     whole = np.concatenate([pixels, blank])
     return Image.fromarray(rearrange(whole, "(r c) h w k -> (r h) (c w) k", c=columns))

@@ -17,14 +17,15 @@ def step_noise(
 ) -> list[Tensor]:
     """One N(0, I) tensor (count, C, H, W) for each evaluation.
 
-    Image i depends on (seed, i) alone, so the same seed gives the same picture in any batch.
+    Drawn on the CPU, and image i from (seed, i) alone: the same seed gives the same picture in any
+    batch and on any device.
     """
-    return [
-        torch.stack(
-            [randn(shape, generator(device, seed, "sample", i, step)) for i in range(count)]
-        )
+    cpu = torch.device("cpu")
+    noise = [
+        [randn(shape, generator(cpu, seed, "sample", i, step)) for i in range(count)]
         for step in range(nfe)
     ]
+    return [torch.stack(images).to(device) for images in noise]
 
 
 def sample_student(

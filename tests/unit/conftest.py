@@ -16,6 +16,7 @@ SHORT = {
     "steps": 40,
     "batch_size": 4,
     "pairs": 20,
+    "pair_batch_size": 4,
     "pair_steps": 2,
     "critic_updates": 2,
     "checkpoint_every": 10,

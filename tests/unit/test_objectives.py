@@ -109,6 +109,17 @@ def test_the_normaliser_is_one_number_over_channels_rows_and_columns() -> None:
         assert g[i].mean().item() == pytest.approx(1 / distance, rel=1e-4)
 
 
+def test_g_is_that_of_the_pseudo_code_without_the_alpha_that_equations_7_and_8_leave() -> None:
+    noise = VP.scaled_linear()
+    teacher, critic = gaussian(0, 1, SHAPE, noise), gaussian(1, 1, SHAPE, noise)
+    x, t, eps = randn(3, *SHAPE), torch.tensor([100, 500, 900]), randn(3, *SHAPE, seed=1)
+    g = DistributionMatching(teacher, critic).gradient(x, labels(3), t, eps)
+    x_t = noise.add(x, eps, t)
+    real, fake = (n.predict_x0(x_t, t, labels(3)) for n in (teacher, critic))
+    expected = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(g, expected, rtol=1e-5, atol=0)
+
+
 def test_the_guided_mu_real_is_in_the_numerator_and_in_the_denominator() -> None:
     x = torch.zeros(2, *SHAPE)
     condition = {"label": torch.tensor([1, 2])}

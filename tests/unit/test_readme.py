@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-SHORTER = "--set steps=20 --set pairs=50 --set pair_steps=2 --set batch_size=4"
+SHORTER = "--set steps=20 --set pairs=50 --set pair_steps=2 --set pair_batch_size=4"
 
 
 def short(block: str) -> str:

@@ -85,7 +85,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_bit_identical_weights(
     process.send_signal(sent)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + sent, output
-    assert "stopped and saved. Go on with: python -m dmd_train train" in " ".join(output.split())
+    said = " ".join(output.split())
+    assert "stopped and saved. Go on with: " in said
+    assert f"python -m dmd_train train {run_yaml}" in said
     stopped_at = newest_step(tmp_path / "run")
     assert stopped_at < STEPS
     assert logged_steps(tmp_path / "run") == list(range(1, stopped_at + 1))
