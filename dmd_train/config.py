@@ -17,7 +17,7 @@ DIGITS = "digits"
 PRESETS: dict[str, dict[str, Any]] = {
     "digits-one-step": {
         "cpu_threads": 1,  # these matrices are too small to share
-        "steps": 2000,
+        "steps": 1500,
         "batch_size": 32,
         "learning_rate": 4e-3,
         "warmup_steps": 50,

@@ -11,8 +11,11 @@ from .network import Condition, Network, guided_x0
 from .noise import per_sample
 from .seeding import randn
 
-NORMALISER_EPSILON = 1e-6
-"""Keeps g finite where x equals mu_real, instead of nan_to_num, which hides real faults."""
+NORMALISER_EPSILON = 1e-7
+"""Keeps g finite where x equals mu_real, instead of nan_to_num, which hides real faults.
+
+Small: 1e-6 shifts the digits' gradient by 2e-5, where |x - mu_real| is 0.003 at little noise.
+"""
 
 
 def draw_timesteps(low: int, high: int, batch: int, gen: torch.Generator) -> Tensor:

@@ -140,6 +140,7 @@ def distillation(
     settings = config(
         seed=seed,
         batch_size=128,
+        pair_batch_size=128,
         learning_rate=LEARNING_RATE,
         critic_updates=critic_updates,
         regression_weight=regression_weight,

@@ -198,6 +198,24 @@ def test_the_students_samples_are_the_recipes_one_step_from_scaled_noise() -> No
         assert call.x_t.std().item() == pytest.approx(80, rel=0.3)
 
 
+def test_the_pairs_of_an_update_are_a_batch_of_their_own_size() -> None:
+    state = distillation(pair_batch_size=5, critic_updates=1)
+    seen: list[tuple[Tensor, Tensor]] = []
+    regression = state.regression
+    state.regression = lambda x_ref, y_ref: (  # type: ignore[assignment]
+        seen.append((x_ref.detach(), y_ref)) or regression(x_ref, y_ref)
+    )
+    before = state.roles.student.network.copy()
+    pairs = some_pairs()
+    state.iteration(0, pairs)
+    ((x_ref, y_ref),) = seen
+    rows = [int((pairs.image == image).flatten(1).all(dim=1).nonzero()) for image in y_ref]
+    assert len(rows) == 5
+    label = {"label": pairs.condition["label"][rows]}
+    expected = before.predict_x0(80 * pairs.noise[rows], torch.full((5,), 999), label)
+    torch.testing.assert_close(x_ref, expected.detach())
+
+
 def test_the_students_loss_is_distribution_matching_plus_weighted_regression() -> None:
     losses: list[float] = []
 

@@ -137,9 +137,20 @@ def labels(batch: int, classes: int = 3) -> Condition:
 
 
 def config(**values: Any) -> Config:
-    """A run of a few small steps."""
-    few = {"teacher": "tiny", "output": "unused", "batch_size": 8, "steps": 20, "warmup_steps": 0}
-    return make_config({**few, "schedule": "constant", **values}, "test")
+    """A run of a few small steps, whatever the presets say."""
+    few = {
+        "teacher": "tiny",
+        "output": "unused",
+        "steps": 20,
+        "batch_size": 8,
+        "learning_rate": 5e-4,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "ema_decay": 0.9,
+        "regression_weight": 1.0,
+        "pair_batch_size": 5,
+    }
+    return make_config(few | values, "test")
 
 
 def recipe(**values: Any) -> Recipe:
