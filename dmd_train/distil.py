@@ -101,7 +101,7 @@ class Distillation:
                 condition = self.conditions.batch(batch, gen)
                 with torch.no_grad():
                     x = self._generate(randn(x.shape, gen), condition)
-            loss = self.denoising(x.detach(), condition, gen)
+            loss = self.denoising(x, condition, gen)
             values["critic/gradient_norm"] = self.critic.update(loss, step)
         values["critic/denoising"] = loss.detach()
         return values

@@ -18,7 +18,7 @@ class Recipe(BaseModel):
     is noise_scale * N(0, I), whatever the first timestep says.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     family: str
     prediction: Literal["eps", "v", "flow", "edm"]
@@ -68,8 +68,10 @@ def read_recipe(metadata: dict[str, str], file: str) -> Recipe | None:
             f"{file}: its recipe is not one this version reads "
             f"({error.errors()[0]['msg'].lower()}). Update dmd-one-step."
         ) from None
-    if not all(0 <= t < TIMESTEPS for t in recipe.timesteps):
+    falling = sorted(set(recipe.timesteps), reverse=True) == list(recipe.timesteps)
+    if not falling or not all(0 <= t < TIMESTEPS for t in recipe.timesteps):
         raise UserError(
-            f"{file}: its recipe has timesteps {recipe.timesteps} outside 0..{TIMESTEPS - 1}."
+            f"{file}: its recipe's timesteps {recipe.timesteps} do not fall within "
+            f"{TIMESTEPS - 1}..0. Get the file again from its author."
         )
     return recipe

@@ -196,7 +196,7 @@ def three_way(kind: str, seed: int) -> tuple[Side, Side]:
 
 @SEEDS
 def test_the_real_score_alone_collapses_onto_the_peak_of_the_nearest_mode(seed: int) -> None:
-    """Measured, seeds 0-3: left share 1.00 each, spread 0.04-0.07, right share 0."""
+    """Measured, seeds 0-4: left share 1.00 each, spread 0.04-0.11, right share 0."""
     left, right = three_way("real only", seed)
     assert left.share > 0.95
     assert left.spread < 0.2
@@ -205,7 +205,8 @@ def test_the_real_score_alone_collapses_onto_the_peak_of_the_nearest_mode(seed: 
 
 @SEEDS
 def test_real_minus_fake_score_fills_the_nearest_mode_and_misses_the_other(seed: int) -> None:
-    """Measured, seeds 0-3: left share 0.93-0.99, spread 0.84-1.06, right share 0."""
+    """Measured, seeds 0-4: left share 0.94-0.99, spread 0.72-1.03 and 7 to 24 times that of the
+    real score alone, right share 0."""
     left, right = three_way("real and fake", seed)
     assert left.share > 0.75
     assert 0.5 < left.spread < 1.5
@@ -215,10 +216,10 @@ def test_real_minus_fake_score_fills_the_nearest_mode_and_misses_the_other(seed:
 
 @SEEDS
 def test_regression_brings_the_missed_mode_back(seed: int) -> None:
-    """Measured, seeds 0-3: shares 0.36-0.39 on both sides, spreads 0.93-1.10."""
+    """Measured, seeds 0-4: shares 0.31-0.40 on both sides, spreads 0.79-1.35."""
     for side in three_way("with regression", seed):
-        assert side.share > 0.25
-        assert 0.5 < side.spread < 1.5
+        assert side.share > 0.2
+        assert side.spread > 0.5
 
 
 class Balance(NamedTuple):
@@ -254,7 +255,7 @@ def with_a_slow_critic(seed: int, critic_updates: int) -> Balance:
 
 @SEEDS
 def test_a_slow_critic_hops_between_the_modes_and_five_updates_for_one_cure_it(seed: int) -> None:
-    """DMD2 section 4.2. Measured, seeds 0-4: wander 1.15-2.74 against 0.11-0.19, ratio 9.6-15;
+    """DMD2 section 4.2. Measured, seeds 0-4: wander 1.15-2.74 against 0.06-0.22, 6 to 40 times;
     fewest 0.00 each against 0.35-0.41."""
     once, five_times = with_a_slow_critic(seed, 1), with_a_slow_critic(seed, 5)
     assert once.wander > 0.7
