@@ -1,9 +1,10 @@
 # make demo: distil the embedded teacher, the main job.   make test: everything CI checks.
+# make comfy: a ComfyUI of its own with this pack in it, until Ctrl-C.
 PYTHON ?= python3
 BIN := .venv/bin
 SET :=
 
-.PHONY: demo test
+.PHONY: demo test comfy
 
 demo: .venv/runtime
 	$(BIN)/python -m dmd_train demo $(SET)
@@ -13,6 +14,9 @@ test: .venv/runtime .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+comfy: .venv/runtime .venv/test
+	$(BIN)/python tests/comfy_host.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -16,17 +16,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, and the metadata. Raises UserError unless the file is whole."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path; it is relative to this folder.")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start[:1] == b"\x80" or start == b"PK":
-        raise UserError(
-            f"{path}: a pickled PyTorch file, which may run code when loaded. "
-            "Convert it to .safetensors first."
-        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
     except SafetensorError as error:
+        # asked only now: the length of a header, which comes first, may begin with the same bytes
+        with path.open("rb") as raw:
+            start = raw.read(2)
+        if start[:1] == b"\x80" or start == b"PK":
+            raise UserError(
+                f"{path}: a pickled PyTorch file, which may run code when loaded. "
+                "Convert it to .safetensors first."
+            ) from None
         raise UserError(
             f"{path}: not a whole safetensors file ({error}). Download or copy it again."
         ) from None

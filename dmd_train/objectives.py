@@ -12,7 +12,7 @@ from .noise import per_sample
 from .seeding import randn
 
 NORMALISER_EPSILON = 1e-6
-"""The least normaliser: keeps g finite where x equals mu_real, where nan_to_num would hide faults."""
+"""The least normaliser: keeps g finite where x equals mu_real; nan_to_num would hide faults."""
 
 
 def draw_timesteps(low: int, high: int, batch: int, gen: torch.Generator) -> Tensor:

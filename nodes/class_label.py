@@ -36,6 +36,7 @@ class RawNetwork(torch.nn.Module):
     def __init__(self, network: EDMNetwork, dtype: torch.dtype, **_: object) -> None:
         super().__init__()
         self.dtype = dtype
+        self.shape = network.shape
         self.network = network.module
 
     def forward(
@@ -44,6 +45,12 @@ class RawNetwork(torch.nn.Module):
         """x: c_in x_t, (B, C, H, W); timesteps: c_noise, (B,); y: (B,) class labels."""
         if y is None:
             raise UserError("this model draws classes: wire DMD Class Label, not a text prompt")
+        if x.shape[1:] != self.shape:
+            _, height, width = self.shape
+            raise UserError(
+                f"this model draws {width} x {height} pixels, nothing else: set width and height "
+                "to 0, or wire DMD Empty Latent"
+            )
         return self.network(x, timesteps, y)
 
 

@@ -1,5 +1,6 @@
 """Load DMD Checkpoint and Load DMD LoRA: the file says how it must be sampled."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..dmd_train import networks
+from ..dmd_train.errors import UserError
 from ..dmd_train.recognise import Found, recognise
 from ..dmd_train.weights import peek, read_weights
 from .class_label import edm_model, pixel_vae
-from .model_files import choices, path_of
-from .model_recipe import with_recipe
+from .model_files import PACK, choices, path_of
+from .model_recipe import family_of, with_recipe
 
 
 class LoadDMDCheckpoint(io.ComfyNode):
@@ -26,8 +28,8 @@ class LoadDMDCheckpoint(io.ComfyNode):
             node_id="DMD_LoadCheckpoint",
             display_name="Load DMD Checkpoint",
             category="DMD One-Step",
-            description="Load a one-step or few-step model. The MODEL that comes out is exact in "
-            "any stock sampler too, at its number of steps and cfg 1.",
+            description="Load a one-step or few-step model. The MODEL that comes out is right in the "
+            "stock KSampler too: lcm, simple, its number of steps, cfg 1.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -68,7 +70,13 @@ def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:
     """MODEL, CLIP, VAE; the last two None where the file has none."""
     match found.layout:
         case "our student" | "our teacher" | "EDM class-conditional":
-            network = networks.load(str(path), torch.device("cpu")).network
+            try:
+                network = networks.load(str(path), torch.device("cpu")).network
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"{path}: reading it needs {error.name}, which is not installed. Run "
+                    f"pip install -r {PACK / 'requirements.txt'}"
+                ) from None
             return edm_model(network), None, pixel_vae(network.shape[0])
         case "LDM single file":
             embeddings = folder_paths.get_folder_paths("embeddings")
@@ -80,8 +88,7 @@ def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:
             )
             return model, clip, vae
         case _:
-            tensors, _ = read_weights(path)
-            return comfy.sd.load_diffusion_model_state_dict(tensors), None, None
+            return comfy.sd.load_diffusion_model(str(path)), None, None
 
 
 class LoadDMDLoRA(io.ComfyNode):
@@ -117,8 +124,36 @@ class LoadDMDLoRA(io.ComfyNode):
         path = Path(folder_paths.get_full_path_or_raise("loras", file))
         shapes, metadata = peek(path)
         found = recognise(shapes, metadata, str(path), wanted="LoRA")
+        if found.family != family_of(model):
+            raise UserError(
+                f"{path}: this LoRA is for {found.family}, the model is {family_of(model)}"
+            )
         tensors, _ = read_weights(path)
-        patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)
+        lora = {_kohya_name(key): value for key, value in tensors.items()}
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)
+        if _patch_count(patched) == _patch_count(model):
+            raise UserError(f"{path}: this LoRA fits no layer of the model")
         if found.recipe:
             patched = with_recipe(patched, found.recipe)
         return io.NodeOutput(patched, ui={"text": (found.summary,)})
+
+
+PEFT = re.compile(
+    r"(?:base_model\.model\.|unet\.)*(?P<module>.+)\.lora(?:_(?P<side>[AB])|\.(?P<way>down|up))"
+    r"(?:\.\w+)?\.weight"
+)
+"""A weight of a LoRA as peft and diffusers name it, with or without the adapter's name."""
+
+
+def _kohya_name(key: str) -> str:
+    """The one naming that ComfyUI reads for every layer of a UNet; other keys as they are."""
+    found = PEFT.fullmatch(key)
+    if found is None:
+        return key
+    module = found["module"].replace(".", "_")
+    way = found["way"] or {"A": "down", "B": "up"}[found["side"]]
+    return f"lora_unet_{module}.lora_{way}.weight"
+
+
+def _patch_count(model: ModelPatcher) -> int:
+    return sum(len(patches) for patches in model.patches.values())

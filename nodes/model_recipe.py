@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import comfy.model_base
+import comfy.model_sampling
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.recipe import Recipe
+from .class_label import EDMConfig
 
 ATTACHMENT = "dmd_recipe"
 
@@ -31,17 +33,21 @@ def recipe_of(model: ModelPatcher) -> Recipe | None:
 def family_of(model: ModelPatcher) -> str:
     """Our name of the MODEL's family, or ComfyUI's where we have none."""
     config = model.model.model_config
+    if isinstance(config, EDMConfig):
+        return config.family
     for family, names in FAMILIES.items():
         classes = tuple(getattr(comfy.supported_models, name, ()) for name in names)
         if isinstance(config, tuple(kind for kind in classes if kind)):
             return family
-    return getattr(config, "family", type(config).__name__)
+    return type(config).__name__
 
 
 def native_size(model: ModelPatcher) -> int:
     """Width and height, in pixels, of the pictures that the MODEL was made for."""
     config = model.model.model_config
-    return getattr(config, "native_size", NATIVE_SIZES.get(family_of(model), 1024))
+    if isinstance(config, EDMConfig):
+        return config.native_size
+    return NATIVE_SIZES.get(family_of(model), 1024)
 
 
 def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
@@ -54,7 +60,13 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
     """
     is_edm = model.model.model_type == comfy.model_base.ModelType.EDM
     family = family_of(model)
-    if (recipe.prediction == "edm") != is_edm or not (is_edm or recipe.family == family):
+    if (recipe.prediction == "edm") != is_edm:
+        kind = "an" if is_edm else "no"
+        raise UserError(
+            f"the recipe has {recipe.prediction} timesteps, but the model ({family}) is {kind} EDM "
+            "model: choose 'from the file' in DMD Model Sampling"
+        )
+    if not is_edm and recipe.family != family:
         raise UserError(f"the recipe is for {recipe.family}, the model is {family}")
     patched = model.clone()
     patched.set_attachments(ATTACHMENT, recipe)
@@ -62,8 +74,8 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
         return patched
     base = patched.model
     sampling = comfy.model_base.model_sampling(base.model_config, base.model_type)
-    if max(recipe.timesteps) >= len(sampling.sigmas):
-        raise UserError(f"timestep {max(recipe.timesteps)}: the model knows 0 to 999")
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        raise UserError(f"the model ({family}) has no timesteps 0 to 999 to choose from")
     sampling.set_sigmas(sampling.sigmas[: recipe.timesteps[0] + 1])
     patched.add_object_patch("model_sampling", sampling)
     return patched

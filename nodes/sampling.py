@@ -57,7 +57,10 @@ class DMDModelSampling(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="Exact in stock samplers at its step count, cfg 1."),
+                io.Model.Output(
+                    tooltip="For a stock KSampler: lcm, simple, cfg 1. With one step nearly every "
+                    "sampler is exact; uni_pc, dpm_fast and dpm_adaptive are not."
+                ),
                 io.Sampler.Output(tooltip="For SamplerCustom."),
                 io.Sigmas.Output(tooltip="For SamplerCustom: the recipe's noise levels."),
             ],
@@ -69,8 +72,10 @@ class DMDModelSampling(io.ComfyNode):
             chosen = needed_recipe(model)
         elif recipe == CUSTOM:
             chosen = custom_recipe(model, timesteps)
-        else:
+        elif recipe in PRESETS:
             chosen = PRESETS[recipe]
+        else:  # a workflow of another version; older ComfyUIs do not look into this list
+            raise UserError(f"recipe: there is no '{recipe}'. Choose one of {', '.join(PRESETS)}")
         patched = with_recipe(model, chosen)
         return io.NodeOutput(patched, dmd_sampler(), sigmas_of(patched, chosen))
 
@@ -127,7 +132,8 @@ class DMDOneStepSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Instead of width, height and batch size; its noise mask counts too.",
+                    tooltip="Instead of width, height and batch size. Its picture counts only "
+                    "where a noise mask keeps it.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode.")],
@@ -147,6 +153,8 @@ class DMDOneStepSampler(io.ComfyNode):
         recipe = needed_recipe(model)
         given = latent or {"samples": empty_latent(model, width, height, batch_size)}
         samples = comfy.sample.fix_empty_latent_channels(model, given["samples"])
+        if "noise_mask" not in given:
+            samples = torch.zeros_like(samples)  # a student starts from noise alone
         noise = comfy.sample.prepare_noise(samples, seed, given.get("batch_index"))
         guider = ConditionalGuider(model)
         guider.set_conds(positive)

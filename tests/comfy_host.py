@@ -217,7 +217,8 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.PIPE,
-                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                # waiting threads sleep: spinning ones, beside other work, cost ten times the time
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
                 start_new_session=True,  # the terminal's Ctrl-C is for us: we stop it in order
             )
         try:

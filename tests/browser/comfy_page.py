@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_host import PACK, PACK_NAME, PromptFailed, PromptRefused, Server
-from playwright.sync_api import Page
+from playwright.sync_api import Locator, Page
 
 ARTEFACTS = PACK / "tests/artefacts"
 
@@ -45,6 +45,57 @@ class ComfyPage:
         """Open a workflow (the page's own JSON), as dropping its file onto the page does."""
         graph = json.loads(workflow.read_text()) if isinstance(workflow, Path) else workflow
         self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+
+    def members(self) -> dict[str, list[int]]:
+        """Title of a group -> the nodes that stand in it, once the page has drawn them."""
+        self.page.wait_for_timeout(1000)
+        members: dict[str, list[int]] = self.page.evaluate(
+            """() => Object.fromEntries(window.app.graph.groups.map(group => {
+                const [left, top, width, height] = group.boundingRect
+                const inside = ({ pos: [x, y] }) =>
+                    left <= x && x < left + width && top <= y && y < top + height
+                return [group.title, window.app.graph.nodes.filter(inside).map(node => +node.id)]
+            }))"""
+        )
+        return members
+
+    def fit(self) -> None:
+        """Zoom so that the whole graph is in view, and wait until it is drawn."""
+        self.page.evaluate(
+            "() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+        )
+        self.page.wait_for_timeout(1500)  # the page flies there
+
+    def graph_box(self) -> tuple[int, int, int, int]:
+        """Where the graph stands in a screenshot: left, top, right, bottom, with a little rim."""
+        box: list[float] = self.page.evaluate(
+            """() => {
+                const { graph, canvas } = window.app
+                const boxes = [...graph.nodes, ...graph.groups].map(item => item.boundingRect)
+                const corners = boxes.map(([x, y, w, h]) => [x, y, x + w, y + h])
+                const edge = (i, pick) => pick(...corners.map(corner => corner[i]))
+                const at = (x, y) => canvas.ds.convertOffsetToCanvas([x, y])
+                const { left, top } = canvas.canvas.getBoundingClientRect()
+                const [x0, y0] = at(edge(0, Math.min) - 20, edge(1, Math.min) - 20)
+                const [x1, y1] = at(edge(2, Math.max) + 20, edge(3, Math.max) + 20)
+                return [left + x0, top + y0, left + x1, top + y1]
+            }"""
+        )
+        left, top, right, bottom = map(round, box)
+        return left, top, right, bottom
+
+    def load_lines(self) -> list[Locator]:
+        """The lines on the load nodes that say what a file is, from the top of the graph down."""
+        lines = self.page.locator(".dmd-summary")
+        lines.first.wait_for(state="attached")
+        return lines.all()
+
+    def images(self) -> list[list[dict[str, str]]]:
+        """The pictures that the page holds for each node that shows any."""
+        shown: list[list[dict[str, str]]] = self.page.evaluate(
+            "() => Object.values(window.app.nodeOutputs).map(o => o.images).filter(Boolean)"
+        )
+        return shown
 
     def missing_nodes(self) -> list[str]:
         """Node types of the open workflow, subgraphs included, that no installed pack has."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from comfy_host import PACK, Server
 from comfy_page import ComfyPage
-from playwright.sync_api import Browser, Route, sync_playwright
+from playwright.sync_api import Browser, Playwright, Route, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"  # tests/install_system.sh
 PROBE_NODES = PACK / "tests/comfy/probe_nodes"
@@ -24,6 +24,16 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # or a Templates dialog covers the canvas
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
+
+
+def launch(playwright: Playwright) -> Browser:
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 @pytest.fixture(scope="session")
@@ -37,21 +47,14 @@ def server() -> Iterator[Server]:
 def browser() -> Iterator[Browser]:
     """Of a module, not of the session: while it lives, asyncio.run fails in this thread."""
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = launch(playwright)
         yield chromium
         chromium.close()
 
 
 @pytest.fixture(params=["classic", "nodes-2.0"])
 def page(request: pytest.FixtureRequest, server: Server, browser: Browser) -> Iterator[ComfyPage]:
-    server.post(
-        "/settings",
-        {
-            "Comfy.TutorialCompleted": True,  # or a Templates dialog covers the canvas
-            "Comfy.Workflow.Persist": False,
-            "Comfy.VueNodes.Enabled": request.param == "nodes-2.0",
-        },
-    )
+    server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": request.param == "nodes-2.0"})
 
     def only_the_server(route: Route) -> None:
         if route.request.url.startswith(server.address):

@@ -6,9 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from comfy_host import Server
 
 PROBE_NODES = Path(__file__).with_name("probe_nodes")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """What the tests compute beside the server is small; two threads would wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,120 @@ class LoadLatent:
         return (load_file(_inside(get_input_directory(), name)),)
 
 
+class StepNoise:
+    """What the samplers add after step 1, 2, ... of a run with this seed, one after another."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "draw"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "latent": ("LATENT",),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**31}),
+                "count": ("INT", {"default": 1, "min": 1}),
+            }
+        }
+
+    def draw(self, latent: dict[str, Any], seed: int, count: int) -> tuple[dict[str, torch.Tensor]]:
+        from comfy.k_diffusion.sampling import default_noise_sampler
+
+        sampler = default_noise_sampler(latent["samples"].cpu(), seed=seed)
+        return ({"samples": torch.cat([sampler(None, None) for _ in range(count)])},)
+
+
+class Watch:
+    """A MODEL that counts the calls of its network under a name, and takes a while over each."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "watch"
+    CALLS: ClassVar[dict[str, int]] = {}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "name": ("STRING", {"default": ""}),
+                "seconds": ("FLOAT", {"default": 0.0, "min": 0.0}),
+            }
+        }
+
+    def watch(self, model: Any, name: str, seconds: float) -> tuple[Any]:
+        def call(network: Any, arguments: dict[str, Any]) -> torch.Tensor:
+            self.CALLS[name] = self.CALLS.get(name, 0) + 1
+            time.sleep(seconds)
+            return network(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        watched = model.clone()
+        watched.set_model_unet_function_wrapper(call)
+        return (watched,)
+
+
+class Calls:
+    """How often the MODEL watched under this name was called, once `latent` is there."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"name": ("STRING", {"default": ""})},
+            "optional": {"latent": ("LATENT",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        return float("nan")
+
+    def tell(self, name: str, latent: Any = None) -> dict[str, Any]:
+        return {"ui": {"calls": [Watch.CALLS.get(name, 0)]}}
+
+
+class Sigmas:
+    """An end for a prompt that only makes SIGMAS; shows them."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"sigmas": ("SIGMAS",)}}
+
+    def tell(self, sigmas: torch.Tensor) -> dict[str, Any]:
+        return {"ui": {"sigmas": sigmas.tolist()}}
+
+
+class Anything(str):
+    """A type that validation takes for any other, as many packs have one."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class Any_:
+    """A text that goes into any socket, past the list of a combo box."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = (Anything("*"),)
+    FUNCTION = "give"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"text": ("STRING", {"default": ""})}}
+
+    def give(self, text: str) -> tuple[str]:
+        return (text,)
+
+
 def _inside(folder: str, name: str) -> Path:
     """A prompt names a file, never a place: this server also answers to a browser."""
     file = Path(folder, f"{name}.safetensors")
@@ -90,4 +205,9 @@ NODE_CLASS_MAPPINGS = {
     "Probe_Conditioning": Conditioning,
     "Probe_SaveLatent": SaveLatent,
     "Probe_LoadLatent": LoadLatent,
+    "Probe_StepNoise": StepNoise,
+    "Probe_Watch": Watch,
+    "Probe_Calls": Calls,
+    "Probe_Sigmas": Sigmas,
+    "Probe_Any": Any_,
 }

@@ -1,0 +1,69 @@
+"""The pictures that the repository shows: workflows/*.jpg and docs/quickstart.png.
+
+    PYTHONPATH=.:tests:tests/comfy:tests/browser python tests/browser/pictures.py
+
+Run it after a change of a workflow, and look at what it made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_host import PACK, Server
+from comfy_page import ComfyPage
+from conftest import SETTINGS, launch
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from stand_ins import put_files
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+README_PICTURE = PACK / "docs/quickstart.png"
+THUMBNAIL_WIDTH = 800
+
+
+def graph_picture(page: ComfyPage, name: str) -> Image.Image:
+    """The graph alone, without the page's bars around it."""
+    page.fit()
+    picture = Image.open(page.screenshot(name)).convert("RGB")
+    return picture.crop(page.graph_box())
+
+
+def digit_sheet(files: list[Path]) -> Image.Image:
+    """Ten digits of the student in two rows, and the teacher's below."""
+    cell, gap = 128, 12
+    pitch = cell + gap
+    sheet = Image.new("RGB", (5 * pitch + gap, 4 * pitch + 3 * gap), "#2c4a3a")
+    sheet.paste("#1f3d50", (0, 2 * pitch + gap + gap // 2, *sheet.size))
+    for i, file in enumerate(files):
+        row, column = divmod(i, 5)
+        with Image.open(file) as picture:
+            top = gap + pitch * row + (2 * gap if row >= 2 else 0)
+            sheet.paste(picture, (gap + pitch * column, top))
+    return sheet
+
+
+def main() -> None:
+    README_PICTURE.parent.mkdir(exist_ok=True)
+    with Server() as server, sync_playwright() as playwright:
+        put_files(server.base / "models")  # or the newer pages mark the load nodes red
+        server.post("/settings", SETTINGS)
+        browser = launch(playwright)
+        context = browser.new_context(viewport={"width": 1920, "height": 1100})
+        page = ComfyPage(context.new_page(), server, "classic")
+        page.open()
+        for workflow in WORKFLOWS:
+            page.load(workflow)
+            thumbnail = workflow.with_suffix(".jpg")
+            if workflow.stem == "quickstart-digits":
+                picture = digit_sheet(server.output_files(page.queue()))
+                graph_picture(page, workflow.stem).save(README_PICTURE, optimize=True)
+            else:
+                picture = graph_picture(page, workflow.stem)
+                height = round(picture.height * THUMBNAIL_WIDTH / picture.width)
+                picture = picture.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS)
+            picture.save(thumbnail, quality=82, optimize=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

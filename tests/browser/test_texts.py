@@ -1,0 +1,47 @@
+"""What the page shows of our nodes in words: their texts to translate, their help pages."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+import pytest
+from comfy_host import PACK, PACK_NAME, Server
+from node_texts import FILE, PREFIX, node_texts
+
+
+@pytest.fixture(scope="module")
+def nodes(server: Server) -> dict[str, Any]:
+    return {id: node for id, node in server.object_info().items() if id.startswith(PREFIX)}
+
+
+def test_the_texts_to_translate_are_the_nodes_own(nodes: dict[str, Any]) -> None:
+    assert json.loads(FILE.read_text()) == node_texts(nodes), (
+        "write locales/en/nodeDefs.json anew: PYTHONPATH=tests python tests/browser/node_texts.py"
+    )
+
+
+def test_comfyui_serves_the_texts(server: Server, nodes: dict[str, Any]) -> None:
+    served = server.get("/i18n")["en"]["nodeDefs"]
+    assert {id: served[id]["display_name"] for id in nodes} == {
+        id: node["display_name"] for id, node in nodes.items()
+    }
+
+
+def test_no_node_lacks_a_help_page_and_no_help_page_a_node(nodes: dict[str, Any]) -> None:
+    assert {file.stem for file in (PACK / "js/docs").glob("*.md")} == set(nodes)
+
+
+def test_each_help_page_is_served_and_names_every_input_and_output(
+    server: Server, nodes: dict[str, Any]
+) -> None:
+    for node_id, node in nodes.items():
+        address = f"{server.address}/extensions/{PACK_NAME}/docs/{node_id}.md"
+        with urllib.request.urlopen(address) as answer:
+            page = answer.read().decode()
+        assert page.startswith(f"# {node['display_name']}\n")
+        slots = [*node["input"]["required"], *node["input"].get("optional", {})]
+        slots += node["output_name"]
+        assert [name for name in slots if f"`{name}`" not in page] == [], node_id
+        assert all(part in page for part in ("## Example", "## When it does not work"))

@@ -1,0 +1,111 @@
+"""The example workflows in the page: they open, and they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_host import PACK, Server
+from comfy_page import ComfyPage
+from PIL import Image, ImageStat
+from stand_ins import made_small, put_files
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+QUICKSTART = PACK / "workflows/quickstart-digits.json"
+DIGITS = 10
+RECIPES = {
+    "compare-teacher-student": "SDXL, LDM UNet: 1 step at t = 399",
+    "sd15-one-step": "SD 1.x, LDM UNet: 1 step at t = 999",
+    "sdxl-four-step-lora": "SDXL, kohya LoRA: 4 steps at t = 999, 749, 499, 249",
+    "sdxl-one-step": "SDXL, LDM UNet: 1 step at t = 399",
+}
+"""Workflow -> what its load node must say."""
+PICTURES = {
+    "compare-teacher-student": [(64 + 16 + 64, 64)],
+    "sd15-one-step": [(64, 64)] * 4,
+    "sdxl-four-step-lora": [(64, 64)],
+    "sdxl-one-step": [(64, 64)],
+}
+"""Workflow -> sizes of the pictures it writes, when it draws 64 x 64 pixels."""
+
+
+def members(workflow: dict[str, Any]) -> dict[str, list[int]]:
+    """Title of a group -> the nodes that stand in it, in a workflow's file."""
+    inside = {}
+    for group in workflow["groups"]:
+        left, top, width, height = group["bounding"]
+        inside[group["title"]] = [
+            node["id"]
+            for node in workflow["nodes"]
+            if left <= node["pos"][0] < left + width and top <= node["pos"][1] < top + height
+        ]
+    return inside
+
+
+@pytest.fixture(scope="module")
+def files(server: Server) -> None:
+    put_files(server.base / "models")
+
+
+def test_every_workflow_opens_without_a_missing_node_and_keeps_its_groups(
+    page: ComfyPage,
+) -> None:
+    for workflow in WORKFLOWS:
+        page.load(workflow)
+        assert page.missing_nodes() == [], workflow.name
+        # Frontend 1.32.9 scatters the nodes of a file that does not say where it is looked at.
+        assert page.members() == members(json.loads(workflow.read_text()))
+        page.screenshot(f"workflow-{workflow.stem}")
+    assert page.page.get_by_text("Invalid workflow").count() == 0
+    assert page.pack_errors == []
+
+
+def test_the_quickstart_run_from_the_page_shows_ten_digits_of_student_and_teacher(
+    page: ComfyPage,
+) -> None:
+    page.server.post("/free", {"unload_models": True, "free_memory": True})  # nothing cached
+    page.load(QUICKSTART)
+    student, teacher = page.load_lines()
+    assert "Run once" in student.inner_text()
+    entry = page.queue()
+
+    files = page.server.output_files(entry)
+    assert len(files) == 2 * DIGITS
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.size == (128, 128)
+            assert ImageStat.Stat(picture.convert("L")).stddev[0] > 40  # strokes, not grey
+    assert [len(shown) for shown in page.images()] == [DIGITS, DIGITS]
+
+    assert student.is_visible()
+    assert student.inner_text().startswith("digits, our student: 1 step at t = 999; licence")
+    assert teacher.inner_text().startswith("digits, our teacher: many steps; licence")
+    assert page.pack_errors == []
+    page.screenshot("quickstart")
+
+
+def test_the_line_is_neither_saved_nor_sent(page: ComfyPage) -> None:
+    page.load(QUICKSTART)
+    sent = [node["inputs"] for node in page.api_form().values()]
+    assert {"file": "dmd_students/digits-one-step.safetensors"} in sent
+    saved = page.page.evaluate("() => window.app.graph.serialize().nodes")
+    loaders = [node for node in saved if node["type"] == "DMD_LoadCheckpoint"]
+    assert [len(node["widgets_values"]) for node in loaders] == [1, 1]
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+def test_every_other_workflow_runs_with_small_files_in_the_place_of_the_published_ones(
+    page: ComfyPage,
+) -> None:
+    others: list[Path] = [workflow for workflow in WORKFLOWS if workflow != QUICKSTART]
+    assert {workflow.stem for workflow in others} == set(RECIPES)
+    for workflow in others:
+        page.load(workflow)
+        entry = page.server.run(made_small(page.api_form()))
+        (text,) = (shown["text"][0] for shown in entry["outputs"].values() if "text" in shown)
+        assert text.startswith(RECIPES[workflow.stem])
+        pictures = [Image.open(file) for file in page.server.output_files(entry)]
+        assert [picture.size for picture in pictures] == PICTURES[workflow.stem]
