@@ -13,6 +13,7 @@ test: .venv/runtime .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	bash tests/install_system.sh
 	$(BIN)/python -m pytest
 
 comfy: .venv/runtime .venv/test

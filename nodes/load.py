@@ -28,8 +28,8 @@ class LoadDMDCheckpoint(io.ComfyNode):
             node_id="DMD_LoadCheckpoint",
             display_name="Load DMD Checkpoint",
             category="DMD One-Step",
-            description="Load a one-step or few-step model. The MODEL that comes out is right in the "
-            "stock KSampler too: lcm, simple, its number of steps, cfg 1.",
+            description="Load a one-step or few-step model. The MODEL that comes out is right in "
+            "the stock KSampler too: lcm, simple, its number of steps, cfg 1.",
             inputs=[
                 io.Combo.Input(
                     "file",

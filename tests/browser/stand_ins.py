@@ -12,7 +12,6 @@ from published import kohya, lora_of
 from safetensors.torch import load_file, save_file
 
 SDXL, SD15 = "sd_xl_base_1.0.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"
-TEXT_ENCODERS = ("CLIPTextEncode", "CLIPTextEncodeSDXL")
 WIDTHS = {SD15: (768, 0), SDXL: (2048, 1280)}
 """Base model -> width of its text condition and of the pooled one."""
 
@@ -53,7 +52,7 @@ def made_small(prompt: dict[str, Any]) -> dict[str, Any]:
     small = {}
     for node_id, node in prompt.items():
         kind, inputs = node["class_type"], dict(node["inputs"])
-        if kind in TEXT_ENCODERS:
+        if kind == "CLIPTextEncode":
             kind = "Probe_Conditioning"
             inputs = {"seed": 1, "width": width, "pooled_width": pooled_width}
         elif kind in ("DMD_OneStepSampler", "EmptyLatentImage"):
