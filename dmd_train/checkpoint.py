@@ -18,7 +18,16 @@ KEEP = 2
 
 STEP_KEY = "dmd.step"
 
-FREE_TO_CHANGE = {"output", "device", "cpu_threads", "checkpoint_every", "sample_every"}
+FREE_TO_CHANGE = {
+    "output",
+    "device",
+    "cpu_threads",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "sample_every",
+    "trackers",
+}
 """Settings that may differ when a run goes on: they do not change what is learned."""
 
 
@@ -29,10 +38,29 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class RunFolder:
-    """One run on disk, locked while open. A context manager."""
+def _files(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
-    def __init__(self, config: Config) -> None:
+
+def newest_checkpoint(folder: Path, notes: list[str] | None = None) -> Checkpoint | None:
+    """The newest whole one of a run; what had to be passed over is added to `notes`."""
+    for file in _files(folder):
+        try:
+            tensors, metadata = read_safetensors(file)
+        except UserError as error:
+            if notes is not None:
+                notes.append(f"{error} Passing over it.")
+            continue
+        return Checkpoint(int(metadata[STEP_KEY]), tensors)
+    return None
+
+
+class RunFolder:
+    """One run on disk, locked while open by the first of its processes. A context manager."""
+
+    def __init__(self, config: Config, is_main: bool = True) -> None:
+        self.is_main = is_main
         self.path = config.output
         self.config = config
         self.notes: list[str] = []
@@ -48,7 +76,12 @@ class RunFolder:
 
     @property
     def pairs(self) -> Path:
-        return self.path / "pairs.safetensors"
+        return self.path / "pairs"
+
+    @property
+    def text(self) -> Path:
+        """The prompts, encoded."""
+        return self.path / "text"
 
     @property
     def metrics(self) -> Path:
@@ -56,6 +89,8 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         """Create the folder or take it up again. Raises UserError if it is not this run's."""
+        if not self.is_main:
+            return self
         run_yaml = self.path / "run.yaml"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -100,22 +135,16 @@ class RunFolder:
                     "Set it back, or choose another output."
                 )
 
-    def _checkpoint_files(self) -> list[Path]:
-        """Newest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; what had to be passed over is said in `notes`."""
-        for file in self._checkpoint_files():
-            try:
-                tensors, metadata = read_safetensors(file)
-            except UserError as error:
-                self.notes.append(f"{error} Passing over it.")
-                continue
-            step = int(metadata[STEP_KEY])
-            self.notes.append(f"going on from step {step} ({file})")
-            return Checkpoint(step, tensors)
-        return None
+        found = newest_checkpoint(self.checkpoints, self.notes)
+        if found:
+            self.notes.append(f"going on from step {found.step} ({self.checkpoints})")
+        return found
 
     @property
     def finished(self) -> bool:
@@ -124,14 +153,14 @@ class RunFolder:
         return last.exists() and self.student.exists()
 
     def _checkpoint_file(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+        return self.checkpoints / f"step-{step:08d}.safetensors"
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, then drop all but the newest KEEP."""
         file = self._checkpoint_file(checkpoint.step)
         write_safetensors(file, checkpoint.tensors, {STEP_KEY: str(checkpoint.step)})
-        for old in self._checkpoint_files()[KEEP:]:
-            old.unlink()
+        for old in _files(self.checkpoints)[KEEP:]:
+            old.unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
         """Drop what a killed run logged past the checkpoint that is being taken up."""

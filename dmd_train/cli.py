@@ -1,42 +1,41 @@
 """The commands of `python -m dmd_train`. They only iterate what the engine yields."""
 
 import shlex
-import signal
 import sys
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.table import Table
+from torch import Tensor
 
 from . import networks
 from .checkpoint import RunFolder
 from .conditions import Classes
 from .config import DIGITS, Config, load_config, make_config, parse_overrides
-from .distil import LOG_EVERY, StepReport, distil
+from .distil import distil
 from .errors import UserError
-from .files import write_atomically
+from .export import FOLDERS, Form, export
+from .files import write_atomically, write_latent
+from .network import Condition
 from .networks import Loaded
 from .networks.edm import EDMNetwork
-from .pairs import load_pairs, make_pairs
+from .networks.stable_diffusion import StableDiffusion
+from .objectives import Regression
+from .prepare import make_conditions, make_run_pairs, regression_distance
+from .presets import PRESETS
+from .processes import Processes
 from .report import SampleSheet, grid, picture, save_curves, save_picture
 from .sample import draw, step_noise
 from .student import one_step_recipe
+from .terminal import STOPPED, StopRequest, bar, console, watch
 
 app = typer.Typer(
     add_completion=False,
@@ -46,8 +45,6 @@ app = typer.Typer(
 )
 teacher_app = typer.Typer(no_args_is_help=True, help="Train an embedded teacher from scratch.")
 app.add_typer(teacher_app, name="teacher")
-
-console = Console()
 
 PYTHON = ".venv/bin/python" if Path(".venv/bin/python").exists() else "python"
 """How the next command to type begins, in this folder."""
@@ -64,51 +61,13 @@ SetOption = Annotated[
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A student, or a teacher.")]
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM become a flag, looked at between two steps. A second one kills."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(number, self._before[self.signal])
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def bar() -> Progress:
-    """A progress bar with counts, time so far and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
 @app.command(epilog=SETTINGS)
 def demo(set_: SetOption = None) -> None:
     """Distil the embedded teacher to one step and measure it: the whole job, in minutes."""
     settings = {"teacher": DIGITS, "preset": "digits-one-step", "output": str(_demo_folder())}
     config = make_config(settings | parse_overrides(set_ or []), "demo")
-    with RunFolder(config) as run:
-        _train(run, again=f"{PYTHON} -m dmd_train demo")
+    with _opened(config) as (run, processes):
+        _train(run, processes, again=f"{PYTHON} -m dmd_train demo")
         student = networks.load(str(run.student), config.device_object())
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
@@ -127,54 +86,156 @@ def train(
     Ctrl-C saves a checkpoint and the student so far; the same command goes on from there.
     """
     config = load_config(run_yaml, set_ or [])
-    with RunFolder(config) as run:
+    with _opened(config) as (run, processes):
         if run.finished:
             console.print(f"{run.path}: finished before, at step {config.steps}: {run.student}")
             return
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
-        _train(run, shlex.join(again + [part for value in set_ or [] for part in ("--set", value)]))
+        _train(
+            run,
+            processes,
+            shlex.join(again + [part for value in set_ or [] for part in ("--set", value)]),
+        )
         console.print(f"{run.path}: finished. Next:")
-        console.print(_sample_command(run.student), soft_wrap=True)
+        console.print(_next_command(run), soft_wrap=True)
+
+
+@app.command()
+def pairs(
+    run_yaml: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The settings of the run.")],
+    set_: SetOption = None,
+) -> None:
+    """Make a run's pairs before it, or some of them: Ctrl-C stops, the same command goes on.
+
+    `train` makes them itself if they are not there.
+    """
+    config = load_config(run_yaml, set_ or [])
+    with _opened(config) as (run, processes), StopRequest() as stop:
+        loaded = _teacher(config, processes)
+        made = make_run_pairs(run, loaded, processes, stop)
+        console.print(f"{run.pairs}: {len(made)} pairs")
+
+
+@app.command()
+def presets() -> None:
+    """Every preset's numbers, and where each comes from."""
+    for name, preset in PRESETS.items():
+        table = Table(title=f"{name}: {preset.about}", title_justify="left", title_style="bold")
+        for column in ("setting", "value", "source"):
+            table.add_column(column)
+        for key, choice in preset.choices.items():
+            table.add_row(key, str(choice.value), choice.source)
+        console.print(table)
+
+
+@app.command()
+def plan(
+    run_yaml: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The settings of the run.")],
+    set_: SetOption = None,
+) -> None:
+    """What a run will train, take and cost here, measured on three iterations. Writes nothing."""
+    from .plan import measure, plan_table
+
+    config = load_config(run_yaml, set_ or [])
+    _set_threads(config)
+    with console.status("three iterations"):
+        measured = measure(config, config.device_object())
+    console.print(plan_table(config, measured))
+    for line in measured.advice:
+        console.print(line, soft_wrap=True)
+
+
+@app.command("export")
+def export_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    form: Annotated[
+        Form, typer.Option("--as", help="lora; unet, with a LoRA merged; checkpoint, all in one.")
+    ],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"], typer.Option(help="Of the weights.")
+    ] = "fp16",
+    out: Annotated[Path | None, typer.Option(help="Else RUN/student-FORM.safetensors.")] = None,
+) -> None:
+    """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
+    with console.status("export"):
+        path = export(run, form, dtype, out)
+    console.print(f"{path}: put it into {FOLDERS[form]}", soft_wrap=True)
 
 
 @app.command()
 def sample(
     file: FileArgument,
     out: Annotated[
-        Path, typer.Option(help="A .png (one sheet), a .npy, or a folder (one PNG an image).")
+        Path,
+        typer.Option(
+            help="A .png (one sheet), a .npy, a .latent for ComfyUI, or a folder (a PNG an image)."
+        ),
     ],
     class_: Annotated[
         int | None, typer.Option("--class", help="The class label; left out: all, balanced.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of a text-conditional model; may be repeated.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pictures; as in KSampler.")] = 0,
+    base: Annotated[
+        Path | None, typer.Option(help="The checkpoint that a LoRA or a UNet was made from.")
+    ] = None,
 ) -> None:
     """Draw images from a file, in as many steps as the file itself says.
 
-    A .npy holds (N, C, H, W) float32 in [-1, 1].
+    A .npy holds (N, C, H, W) float32 in [-1, 1]; a .latent what ComfyUI's LoadLatent opens.
     """
-    if out.suffix not in (".png", ".npy", ""):
-        raise UserError(f"--out {out}: give a .png, a .npy or a folder.")
-    loaded = networks.load(str(file), torch.device("cpu"))
+    if out.suffix not in (".png", ".npy", ".latent", ""):
+        raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
+    loaded = networks.load(str(file), torch.device("cpu"), base)
     network = loaded.network
-    if class_ is None:
-        condition = Classes(network.classes).balanced(count, network.device)
-    elif 0 <= class_ < network.classes:
-        condition = {"label": torch.full((count,), class_)}
-    else:
-        raise UserError(f"--class {class_}: {file} knows the classes 0 to {network.classes - 1}.")
+    is_latent = isinstance(network, StableDiffusion)
+    if out.suffix == ".latent" and not is_latent:
+        raise UserError(f"--out {out}: {network.family} models draw pixels, not latents.")
+    condition = _condition(loaded, file, class_, prompt, count)
     nfe = loaded.recipe.nfe if loaded.recipe else 1
     noise = step_noise(network.shape, count, seed, nfe, network.device)
-    images = draw(network, loaded.recipe, noise, condition).clamp(-1, 1)
+    x0 = draw(network, loaded.recipe, noise, condition)
+    if isinstance(network, StableDiffusion) and out.suffix == ".latent":
+        write_latent(out, x0 / network.latent_scale)
+    else:
+        _write_images(out, network.to_images(x0).clamp(-1, 1))
+    console.print(str(out), soft_wrap=True)
+
+
+def _condition(
+    loaded: Loaded, file: Path, class_: int | None, prompts: list[str] | None, count: int
+) -> Condition:
+    """`count` conditions, as the options say; prompts by turns."""
+    if loaded.text:
+        if class_ is not None or not prompts:
+            raise UserError(f'{file} is told prompts: --prompt "a red fox in the snow".')
+        chosen = [prompts[i % len(prompts)] for i in range(count)]
+        return loaded.text.encode(chosen)
+    if prompts:
+        raise UserError(f"{file} draws classes, not prompts: --class 7.")
+    assert isinstance(loaded.network, EDMNetwork)
+    classes = Classes(loaded.network.classes)
+    if class_ is None:
+        rows = classes.balanced(count)
+    elif 0 <= class_ < classes.count:
+        rows = torch.full((count,), class_)
+    else:
+        raise UserError(f"--class {class_}: {file} knows the classes 0 to {classes.count - 1}.")
+    return classes.take(rows, loaded.network.device)
+
+
+def _write_images(out: Path, images: Tensor) -> None:
     match out.suffix:
         case ".npy":
             write_atomically(out, lambda temporary: np.save(temporary, images.numpy()))
         case ".png":
-            save_picture(out, grid(images, columns=min(count, 8)))
+            save_picture(out, grid(images, columns=min(len(images), 8)))
         case _:
             for i, image in enumerate(images):
                 save_picture(out / f"{i:05d}.png", picture(image))
-    console.print(str(out), soft_wrap=True)
 
 
 @app.command()
@@ -206,63 +267,56 @@ def digits(
     console.print(str(out), soft_wrap=True)
 
 
-def _train(run: RunFolder, again: str) -> None:
-    """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
-    config = run.config
-    device = config.device_object()
+@contextmanager
+def _opened(config: Config) -> Iterator[tuple[RunFolder, Processes]]:
+    """The run folder, made by the first process, and the processes of the run."""
+    _set_threads(config)
+    processes = Processes(config.device_object())
+    console.quiet = not processes.is_main
+    if not processes.is_main:
+        processes.wait()
+    with RunFolder(config, processes.is_main) as run:
+        if processes.is_main:
+            processes.wait()
+        yield run, processes
+
+
+def _set_threads(config: Config) -> None:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    loaded = networks.load(config.teacher, device)
-    classes = Classes(loaded.network.classes)
+
+
+def _teacher(config: Config, processes: Processes) -> Loaded:
+    """Raises UserError if the preset is for other families."""
+    with console.status("teacher"):
+        loaded = networks.load_teacher(config, processes.device)
+    families = PRESETS[config.preset].families
+    if loaded.network.family not in families:
+        fitting = [name for name, p in PRESETS.items() if loaded.network.family in p.families]
+        raise UserError(
+            f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "
+            f"{loaded.network.family}. Choose one of {', '.join(fitting)}."
+        )
+    return loaded
+
+
+def _train(run: RunFolder, processes: Processes, again: str) -> None:
+    """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
+    config = run.config
+    loaded = _teacher(config, processes)
     recipe = one_step_recipe(loaded, config)
     with StopRequest() as stop:
-        pairs = None
-        if config.regression_weight > 0:
-            if not run.pairs.exists():
-                _make_pairs(run, loaded.network, classes, stop)
-            pairs = load_pairs(run.pairs, device)
-        reports = distil(loaded.network, classes, recipe, config, run, pairs)
-        _watch(reports, run, stop)
+        conditions = make_conditions(run, loaded, processes, stop)
+        pairs = make_run_pairs(run, loaded, processes, stop) if config.needs_pairs else None
+        regression = Regression(regression_distance(config, loaded.network))
+        reports = distil(loaded.network, conditions, recipe, config, run, pairs, regression)
+        stopped = watch(reports, run, processes, stop)
+    if not processes.is_main:
+        raise typer.Exit(STOPPED if stopped else 0)
     save_curves(run.path / "curves.png", run.read_metrics())
-    if not run.finished:
+    if stopped:
         console.print(f"{run.path}: stopped and saved. Go on with: {again}", soft_wrap=True)
-        _exit_stopped(stop)
-
-
-def _make_pairs(run: RunFolder, teacher: EDMNetwork, classes: Classes, stop: StopRequest) -> None:
-    config = run.config
-    with bar() as progress:
-        task = progress.add_task("pairs", total=config.pairs, note="")
-        for count in make_pairs(run.pairs, teacher, classes, config):
-            progress.update(task, completed=count)
-            if stop.signal:
-                _exit_stopped(stop)
-
-
-def _watch(reports: Generator[StepReport], run: RunFolder, stop: StopRequest) -> None:
-    """Draw the bar until the reports end or a stop is asked for."""
-    with bar() as progress, closing(reports):
-        task = progress.add_task("distil", total=run.config.steps, note="")
-        for report in reports:
-            if run.notes:
-                progress.console.print(*run.notes, sep="\n", soft_wrap=True)
-                run.notes.clear()
-                progress.reset(task, completed=report.step)
-            if report.step % LOG_EVERY == 0:
-                progress.update(task, note=_losses(report))
-            progress.update(task, completed=report.step)
-            if stop.signal:
-                break
-
-
-def _losses(report: StepReport) -> str:
-    named = {name.split("/")[1]: value for name, value in report.numbers().items()}
-    shown = {"distribution_matching": "dm", "regression": "reg", "denoising": "critic"}
-    return "  ".join(f"{shown[name]} {named[name]:.3f}" for name in shown if name in named)
-
-
-def _exit_stopped(stop: StopRequest) -> NoReturn:
-    raise typer.Exit(128 + (stop.signal or 0))
+        stop.exit()
 
 
 def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
@@ -283,6 +337,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
         for name, column in columns.items():
             task = progress.add_task(f"measure {name}", total=MEASURE_STAGES, note="")
             told = partial(progress.update, task)
+            assert isinstance(column.network, EDMNetwork)
             numbers[name] = measure_digits(column.network, column.recipe, seed, told)
     if run:
         save_summary(run.path / "summary.json", summary(numbers["teacher"], numbers["student"]))
@@ -292,6 +347,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
 def _contact_sheet(student: Loaded, run: RunFolder) -> Image.Image:
     assert student.recipe
     teacher = networks.load(run.config.teacher, student.network.device).network
+    assert isinstance(teacher, EDMNetwork)
     classes = Classes(teacher.classes)
     sheet = SampleSheet(teacher, student.recipe, classes, run.config, count=4 * teacher.classes)
     return sheet.draw(student.network)
@@ -309,6 +365,13 @@ def _demo_folder() -> Path:
 def _sample_command(student: Path) -> str:
     file = shlex.quote(str(student))
     return f"{PYTHON} -m dmd_train sample {file} --class 7 --count 16 --seed 0 --out seven.png"
+
+
+def _next_command(run: RunFolder) -> str:
+    if run.config.needs_prompts:
+        what = "lora" if run.config.training == "lora" else "unet"
+        return f"{PYTHON} -m dmd_train export {shlex.quote(str(run.path))} --as {what}"
+    return _sample_command(run.student)
 
 
 def main(arguments: list[str] | None = None) -> None:

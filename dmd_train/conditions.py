@@ -1,20 +1,26 @@
-"""What the samples are conditioned on: a batch is a pure function of the generator it is given."""
+"""What the samples are conditioned on. A row is a number: a class, or a prompt of a list."""
 
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .network import Condition
+from .networks.text import TextEncoder
+from .shards import Shards
 
 
 class Conditions(Protocol):
     """A source of conditions for the student and the critic."""
 
-    def batch(self, size: int, gen: torch.Generator) -> Condition:
-        """`size` random conditions on the generator's device."""
+    def rows(self, size: int, gen: torch.Generator) -> Tensor:
+        """`size` random rows, (size,) int64 on the CPU; `gen` is the CPU's."""
 
-    def balanced(self, size: int, device: torch.device) -> Condition:
-        """`size` conditions in order, round robin: for sheets and for measuring."""
+    def balanced(self, size: int) -> Tensor:
+        """`size` rows in order, round robin: for sheets and for measuring."""
+
+    def take(self, rows: Tensor, device: torch.device) -> Condition:
+        """The conditions of these rows, on `device`."""
 
 
 class Classes:
@@ -23,8 +29,26 @@ class Classes:
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def batch(self, size: int, gen: torch.Generator) -> Condition:
-        return {"label": torch.randint(self.count, (size,), generator=gen, device=gen.device)}
+    def rows(self, size: int, gen: torch.Generator) -> Tensor:
+        return torch.randint(self.count, (size,), generator=gen)
 
-    def balanced(self, size: int, device: torch.device) -> Condition:
-        return {"label": torch.arange(size, device=device) % self.count}
+    def balanced(self, size: int) -> Tensor:
+        return torch.arange(size) % self.count
+
+    def take(self, rows: Tensor, device: torch.device) -> Condition:
+        return {"label": rows.to(device)}
+
+
+class Prompts(Classes):
+    """Prompts of a list, uniform: encoded before, on disk, or live."""
+
+    def __init__(self, prompts: list[str], encoded: Shards | TextEncoder) -> None:
+        super().__init__(len(prompts))
+        self.prompts, self.encoded = prompts, encoded
+
+    def take(self, rows: Tensor, device: torch.device) -> Condition:
+        if isinstance(self.encoded, Shards):
+            text = self.encoded.take(rows)
+        else:
+            text = self.encoded.encode([self.prompts[row] for row in rows.tolist()])
+        return {key: value.float().to(device) for key, value in text.items()}

@@ -10,26 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError
 from .noise import TIMESTEPS
+from .presets import PRESETS
 
 DIGITS = "digits"
 """The name of the embedded teacher."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits-one-step": {
-        "cpu_threads": 1,  # these matrices are too small to share
-        "steps": 1500,
-        "batch_size": 32,
-        "learning_rate": 4e-3,
-        "warmup_steps": 50,
-        "schedule": "cosine",
-        "ema_decay": 0.995,
-        "regression_weight": 16.0,
-        "pairs": 16000,
-        "pair_batch_size": 512,
-        "checkpoint_every": 250,
-        "sample_every": 250,
-    },
-}
+DEFAULT_PRESET = "digits-one-step"
+"""Of the embedded teacher."""
 
 
 class Config(BaseModel):
@@ -37,15 +24,37 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    teacher: str = Field(description="'digits' (embedded) or the path of a .safetensors file")
+    teacher: str = Field(
+        description="'digits' (embedded), a .safetensors file, or a diffusers folder"
+    )
+    prompts: Path | None = Field(None, description="a text file, one a line; none: the shipped")
     output: Path = Field(description="the run folder")
-    preset: str = Field("digits-one-step", description="a row of the preset table")
+    preset: str = Field(DEFAULT_PRESET, description="a row of the preset table")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random in the run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     cpu_threads: int = Field(0, ge=0, description="0 leaves torch's own choice")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the networks' arithmetic; auto: bf16 on a GPU. Masters are fp32"
+    )
+
+    training: Literal["lora", "full"] = Field(
+        description="lora: one frozen network with two adapters; full: three networks"
+    )
+    lora_rank: int = Field(64, ge=1, description="of both adapters")
+    lora_alpha: float = Field(8.0, gt=0, description="over the rank: the adapters' scale")
+    resolution: int = Field(0, ge=0, description="pixels, a multiple of 64; 0: the teacher's own")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them"
+    )
+    optimizer: Literal["auto", "adamw", "adamw-8bit"] = Field(
+        "adamw", description="auto: 8 bits on a GPU where bitsandbytes is there"
+    )
 
     steps: int = Field(ge=1, description="student updates")
-    batch_size: int = Field(ge=1, description="samples of an update, of student and critic")
+    batch_size: int = Field(ge=1, description="samples of an update, over all processes")
+    micro_batch_size: int = Field(
+        0, ge=0, description="samples in the network at a time; 0: all. Changes memory alone"
+    )
     learning_rate: float = Field(gt=0, description="of student and critic alike")
     warmup_steps: int = Field(ge=0, description="linear, in student updates")
     schedule: Literal["constant", "cosine"] = Field(
@@ -59,13 +68,39 @@ class Config(BaseModel):
     guidance: float = Field(1.0, ge=0, description="of the teacher; baked into the student")
     t_min: int = Field(20, ge=0, lt=TIMESTEPS, description="least timestep matched")
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
-    regression_weight: float = Field(ge=0, description="0: no regression, no pairs")
+    conditioning_timestep: int = Field(
+        TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    )
+    regression_weight: float = Field(ge=0, description="of the regression on pairs; 0: none")
+    regression_warmup_steps: int = Field(
+        0, ge=0, description="first student updates, on the regression alone"
+    )
+    regression_loss: Literal["mse", "pseudo-huber", "lpips"] = Field(
+        "mse", description="mse and pseudo-huber on samples as they are, lpips on decoded ones"
+    )
     pairs: int = Field(ge=1, description="noise-image pairs made by the teacher")
     pair_batch_size: int = Field(ge=1, description="pairs of a student update")
-    pair_steps: int = Field(18, ge=1, description="Heun steps of a pair")
+    pair_sampler: Literal["heun", "pndm", "ddim", "euler", "dpmpp-2m"] = Field(
+        "heun", description="the teacher's, for pairs and pictures"
+    )
+    pair_steps: int = Field(18, ge=1, description="of that sampler")
+    decoder: Path | None = Field(
+        None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
+    )
 
     checkpoint_every: int = Field(ge=1, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, description="student updates between pictures")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="where to log beside metrics.jsonl"
+    )
+
+    @property
+    def needs_prompts(self) -> bool:
+        return "digits" not in self.preset
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.regression_weight > 0 or self.regression_warmup_steps > 0
 
     def device_object(self) -> torch.device:
         """The device to train on. Raises UserError if it is not there."""
@@ -81,13 +116,13 @@ def make_config(values: dict[str, Any], source: str) -> Config:
     for key in values:
         if key not in Config.model_fields:
             raise UserError(f"{source}: unknown key '{key}'.{_nearest(key, Config.model_fields)}")
-    preset = values.get("preset", Config.model_fields["preset"].default)
+    preset = values.get("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         raise UserError(
             f"{source}: preset: there is no '{preset}'.{_nearest(str(preset), PRESETS)}"
         )
     try:
-        config = Config.model_validate(PRESETS[preset] | values)
+        config = Config.model_validate(PRESETS[preset].settings | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -95,6 +130,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: {key}: {first['msg'].lower()}{given}") from None
     if config.t_min > config.t_max:
         raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
+    if config.resolution % 64:
+        raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
     return config
 
 

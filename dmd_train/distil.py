@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -17,9 +18,10 @@ from .learner import Learner, StudentEMA
 from .network import Condition, Network
 from .objectives import Denoising, DistributionMatching, Regression
 from .pairs import Pairs
+from .processes import Processes
 from .recipe import Recipe
 from .report import SampleSheet, save_picture
-from .roles import Roles, three_networks
+from .roles import Roles, three_networks, two_adapters
 from .sample import sample_student
 from .seeding import generator, randn
 from .student import write_student
@@ -45,26 +47,57 @@ class StepReport:
         return dict(zip(self.values, numbers, strict=True))
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Everything random of one update: of the whole batch, then of this process's part of it.
+
+    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,).
+    """
+
+    row: Tensor
+    z: Tensor
+    t: Tensor
+    eps: Tensor
+
+    def split(self, size: int) -> Iterator["Draw"]:
+        """Micro-batches of `size`; 0: the whole."""
+        columns = (self.row, self.z, self.t, self.eps)
+        for part in zip(*(x.split(size or len(x)) for x in columns), strict=True):
+            yield Draw(*part)
+
+
 class Distillation:
     """The state of a run and one iteration of it."""
 
     def __init__(
-        self, roles: Roles, recipe: Recipe, conditions: Conditions, config: Config, rank: int = 0
+        self,
+        roles: Roles,
+        recipe: Recipe,
+        conditions: Conditions,
+        config: Config,
+        regression: Regression | None = None,
     ) -> None:
-        self.roles, self.recipe, self.conditions = roles, recipe, conditions
-        self.config, self.rank = config, rank
+        self.roles, self.recipe, self.conditions, self.config = roles, recipe, conditions, config
         self.device = roles.teacher.network.device
-        self.student = Learner(roles.student, config)
-        self.critic = Learner(roles.critic, config)
+        self.processes = Processes(self.device)
+        self.student = Learner(roles.student, config, self.processes)
+        self.critic = Learner(roles.critic, config, self.processes)
         self.ema = StudentEMA(roles.student.parameters, config.ema_decay)
         self.distribution_matching = DistributionMatching(
             roles.teacher.network, roles.critic.network, config.guidance, config.t_min, config.t_max
         )
         self.denoising = Denoising(roles.critic.network)
-        self.regression = Regression()
+        self.regression = regression or Regression()
+        if config.gradient_checkpointing:
+            for role in (roles.critic, roles.student):
+                role.network.checkpoint_gradients()
 
-    def _generator(self, step: int, purpose: str) -> torch.Generator:
-        return generator(self.device, self.config.seed, step, self.rank, purpose)
+    def _draw(self, objective: DistributionMatching | Denoising, step: int, purpose: str) -> Draw:
+        gen = generator(self.device, self.config.seed, step, purpose)
+        rows = generator(torch.device("cpu"), self.config.seed, step, purpose, "conditions")
+        shape = torch.Size((self.config.batch_size, *self.roles.student.network.shape))
+        row, z = self.conditions.rows(shape[0], rows), randn(shape, gen)
+        return Draw(*(self.processes.part(x) for x in (row, z, *objective.draw(shape, gen))))
 
     def _generate(self, noise: Tensor, condition: Condition) -> Tensor:
         return sample_student(self.roles.student.network, self.recipe, condition, [noise])
@@ -72,39 +105,73 @@ class Distillation:
     def iteration(self, step: int, pairs: Pairs | None) -> dict[str, Tensor]:
         """Student update number `step` (from 0), then the critic's (DMD algorithm 1, DMD2 4.2).
 
-        The first critic update uses the very samples the student was just updated on.
+        The first critic update uses the very samples the student was just updated on. In the
+        warm-up the student learns from pairs alone (DMD2 4.5), and the critic waits.
         """
-        batch = self.config.batch_size
-        gen = self._generator(step, "student")
-        condition = self.conditions.batch(batch, gen)
-        noise = randn((batch, *self.roles.student.network.shape), gen)
         values: dict[str, Tensor] = {}
-
-        if pairs is None:
-            x = self._generate(noise, condition)
-        else:
-            ref = pairs.batch(self.config.pair_batch_size, self._generator(step, "pairs"))
-            both = {key: torch.cat([condition[key], ref.condition[key]]) for key in condition}
-            x, x_ref = self._generate(torch.cat([noise, ref.noise]), both).tensor_split([batch])
-        loss = self.distribution_matching(x, condition, gen)
-        values["student/distribution_matching"] = loss.detach()
-        if pairs is not None:
-            regression = self.regression(x_ref, ref.image)
-            values["student/regression"] = regression.detach()
-            loss = loss + self.config.regression_weight * regression
-        values["student/gradient_norm"] = self.student.update(loss, step)
+        warming_up = step < self.config.regression_warmup_steps
+        if not warming_up:
+            draw = self._draw(self.distribution_matching, step, "student")
+            matching, samples = self._match(draw)
+            values["student/distribution_matching"] = matching
+        if pairs is not None and (warming_up or self.config.regression_weight > 0):
+            weight = 1.0 if warming_up else self.config.regression_weight
+            values["student/regression"] = self._regress(step, pairs, weight)
+        values["student/gradient_norm"] = self.student.update(step)
         self.ema.update(step)
+        if warming_up:
+            return values
 
         for update in range(self.config.critic_updates):
-            gen = self._generator(step, f"critic {update}")
-            if update > 0:
-                condition = self.conditions.batch(batch, gen)
-                with torch.no_grad():
-                    x = self._generate(randn(x.shape, gen), condition)
-            loss = self.denoising(x, condition, gen)
-            values["critic/gradient_norm"] = self.critic.update(loss, step)
-        values["critic/denoising"] = loss.detach()
+            noised = self._draw(self.denoising, step, f"critic {update}")
+            if update == 0:
+                noised = replace(noised, row=draw.row)
+                values["critic/denoising"] = self._denoise(noised, samples)
+            else:
+                values["critic/denoising"] = self._denoise(noised)
+            values["critic/gradient_norm"] = self.critic.update(step)
         return values
+
+    def _match(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the distribution matching. Returns its value, and the samples."""
+        total, samples = torch.zeros((), device=self.device), []
+        for part in draw.split(self.config.micro_batch_size):
+            condition = self.conditions.take(part.row, self.device)
+            x = self._generate(part.z, condition)
+            loss = self.distribution_matching(x, condition, part.t, part.eps)
+            loss = loss * (len(x) / len(draw.z))
+            loss.backward()
+            total += loss.detach()
+            samples.append(x.detach())
+        return total, samples
+
+    def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
+        """Gradients of weight times the regression. Returns its value, without the weight."""
+        total = torch.zeros((), device=self.device)
+        gen = generator(torch.device("cpu"), self.config.seed, step, "pairs")
+        numbers = self.processes.part(pairs.draw(self.config.pair_batch_size, gen))
+        for part in numbers.split(self.config.micro_batch_size or len(numbers)):
+            ref = pairs.take(part, self.device)
+            x_ref = self._generate(ref.noise, self.conditions.take(ref.row, self.device))
+            loss = self.regression(x_ref, ref.image) * (len(part) / len(numbers))
+            (weight * loss).backward()
+            total += loss.detach()
+        return total
+
+    def _denoise(self, draw: Draw, samples: list[Tensor] | None = None) -> Tensor:
+        """Gradients of the critic's loss on `samples`, or on fresh ones. Returns its value."""
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(draw.split(self.config.micro_batch_size)):
+            condition = self.conditions.take(part.row, self.device)
+            if samples is None:
+                with torch.no_grad():
+                    x = self._generate(part.z, condition)
+            else:
+                x = samples[i]
+            loss = self.denoising(x, condition, part.t, part.eps) * (len(x) / len(draw.z))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a run needs to go on, flat."""
@@ -114,15 +181,6 @@ class Distillation:
             "ema": self.ema.average,
         }
         return {f"{part}/{k}": v for part, flat in parts.items() for k, v in flat.items()}
-
-    def averaged_student(self) -> Network:
-        """A copy of the student with the averaged parameters."""
-        student = self.roles.student.network.copy()
-        parameters = dict(student.module.named_parameters())
-        with torch.no_grad():
-            for name, average in self.ema.average.items():
-                parameters[name].copy_(average)
-        return student
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         def part(name: str) -> dict[str, Tensor]:
@@ -135,6 +193,13 @@ class Distillation:
             self.ema.average[name].copy_(value)
 
 
+def make_roles(teacher: Network, config: Config) -> Roles:
+    """As config.training says."""
+    if config.training == "full":
+        return three_networks(teacher)
+    return two_adapters(teacher, config.lora_rank, config.lora_alpha, config.seed)
+
+
 def distil(
     teacher: Network,
     conditions: Conditions,
@@ -142,27 +207,42 @@ def distil(
     config: Config,
     run: RunFolder,
     pairs: Pairs | None = None,
+    regression: Regression | None = None,
 ) -> Generator[StepReport]:
     """Distil `teacher` into `run`, from its newest checkpoint on, reporting every student update.
 
     Closing the generator between two reports is the way to stop: the state and the student so far
-    are saved. Raises UserError on a non-finite loss; what was saved before stays.
+    are saved. Raises UserError on a non-finite loss; what was saved before stays. Of several
+    processes the first writes, and all must stop at the same step.
     """
-    state = Distillation(three_networks(teacher), recipe, conditions, config)
-    sheet = SampleSheet(teacher, recipe, conditions, config)
-    journal = Journal(run)
+    state = Distillation(make_roles(teacher, config), recipe, conditions, config, regression)
+    student, is_main = state.roles.student.network, state.processes.is_main
+    sheet = (
+        SampleSheet(state.roles.teacher.network, recipe, conditions, config) if is_main else None
+    )
+    journal = Journal(run, state.processes)
     step = saved = 0
     if checkpoint := run.newest():
         step = saved = checkpoint.step
         state.restore(checkpoint.tensors)
-    run.forget_after(step)
+    del checkpoint
+    state.processes.wait()
+    if is_main:
+        run.forget_after(step)
 
     def save() -> None:
         nonlocal saved
         journal.flush()
-        if step > saved:
+        if step > saved and is_main:
             run.save(Checkpoint(step, state.tensors()))
-            saved = step
+        saved = step
+
+    def finish() -> None:
+        save()
+        if is_main:
+            with state.ema.swapped_in():
+                write_student(run.student, student, recipe)
+        state.processes.wait()
 
     try:
         while step < config.steps:
@@ -172,23 +252,22 @@ def distil(
             if step % config.checkpoint_every == 0:
                 save()
             picture = None
-            if step % config.sample_every == 0:
-                picture = sheet.draw(state.averaged_student())
+            if sheet and step % config.sample_every == 0:
+                with state.ema.swapped_in():
+                    picture = sheet.draw(student, state.distribution_matching)
                 save_picture(run.samples / f"step-{step:08d}.png", picture)
             yield StepReport(step, config.steps, values, picture)
     except GeneratorExit:
-        save()
-        write_student(run.student, state.averaged_student(), recipe)
+        finish()
         raise
-    save()
-    write_student(run.student, state.averaged_student(), recipe)
+    finish()
 
 
 class Journal:
     """metrics.jsonl, written LOG_EVERY steps at a time, and the watch for non-finite values."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, processes: Processes) -> None:
+        self.run, self.processes = run, processes
         self.waiting: list[tuple[int, dict[str, Tensor]]] = []
         self.since = time.monotonic()
 
@@ -202,19 +281,24 @@ class Journal:
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
-        table = torch.stack([torch.stack(list(values.values())) for _, values in waiting]).tolist()
+        flat = torch.stack([value for _, values in waiting for value in values.values()])
+        numbers = iter(self.processes.mean(flat).tolist())
         seconds = (time.monotonic() - self.since) / len(waiting)
         self.since = time.monotonic()
         rows = [
-            {"step": step, **dict(zip(values, numbers, strict=True)), "seconds": seconds}
-            for (step, values), numbers in zip(waiting, table, strict=True)
+            {"step": step, **{name: next(numbers) for name in values}, "seconds": seconds}
+            for step, values in waiting
         ]
         for i, row in enumerate(rows):
             bad = next((name for name, number in row.items() if not math.isfinite(number)), None)
             if bad:
-                self.run.log(rows[:i])
+                self._log(rows[:i])
                 raise UserError(
                     f"{self.run.path}: {bad.replace('/', ': ')} became {row[bad]} at step "
                     f"{row['step']}. The last checkpoint is kept; lower learning_rate and go on."
                 )
-        self.run.log(rows)
+        self._log(rows)
+
+    def _log(self, rows: list[dict[str, Any]]) -> None:
+        if self.processes.is_main:
+            self.run.log(rows)

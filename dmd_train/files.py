@@ -1,10 +1,12 @@
 """Reading and writing files so that nothing foreign runs and nothing half-written is left."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +35,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it.
 
@@ -55,6 +66,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: not written ({reason}). Make room, or choose another output; what was there "
+            "before is as it was."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,6 +86,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """Atomically. Tensors may lie on any device."""
     whole = {key: value.detach().contiguous() for key, value in tensors.items()}
     write_atomically(path, lambda temporary: save_file(whole, temporary, metadata))
+
+
+def write_latent(path: Path, latent: Tensor) -> None:
+    """(N, 4, h, w), in the scale of the VAE, as ComfyUI's SaveLatent writes it."""
+    marked = {"latent_tensor": latent, "latent_format_version_0": torch.empty(0)}
+    write_safetensors(path, marked, {})
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,28 +1,40 @@
 """How a role learns: its optimiser, and the moving average of the student."""
 
+import contextlib
+import importlib.util
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import Config
+from .errors import UserError
+from .processes import Processes
 from .roles import Role
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """AdamW with beta = (0.9, 0.999), in 8 bits where the config says so."""
+    on_gpu, is_there = parameters[0].is_cuda, importlib.util.find_spec("bitsandbytes") is not None
+    lr, betas, decay = config.learning_rate, (0.9, 0.999), config.weight_decay
+    if config.optimizer == "adamw-8bit" and not is_there:
+        raise UserError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
+    if config.optimizer == "adamw-8bit" or (config.optimizer == "auto" and on_gpu and is_there):
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
 class Learner:
     """A role's parameters with their AdamW; the learning rate is a function of the step."""
 
-    def __init__(self, role: Role, config: Config) -> None:
+    def __init__(self, role: Role, config: Config, processes: Processes) -> None:
         self.parameters = role.parameters
-        self.config = config
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.config, self.processes = config, processes
+        self.optimizer = make_optimizer(list(self.parameters.values()), config)
 
     def learning_rate(self, step: int) -> float:
         """At student update `step` (from 0): linear warm-up, then constant or cosine to zero."""
@@ -32,14 +44,15 @@ class Learner:
         decay = 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
         return self.config.learning_rate * warmup * decay
 
-    def update(self, loss: Tensor, step: int) -> Tensor:
-        """One optimiser step on `loss`. Returns the gradient's L2 norm before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+    def update(self, step: int) -> Tensor:
+        """One optimiser step on the gradients so far. Returns their L2 norm before clipping."""
+        parameters = list(self.parameters.values())
+        self.processes.average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -47,16 +60,19 @@ class Learner:
         flat = {name: parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                flat[f"{name}@{key}"] = value
+                flat[f"{name}@{key}"] = torch.as_tensor(value)
         return flat
 
     @torch.no_grad()
     def restore(self, flat: dict[str, Tensor]) -> None:
-        states = {}
-        for i, (name, parameter) in enumerate(self.parameters.items()):
-            parameter.copy_(flat[name])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            states[i] = {key: flat[f"{name}@{key}"] for key in keys}
+        states: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self.parameters))}
+        index = {name: i for i, name in enumerate(self.parameters)}
+        for key, value in flat.items():
+            name, at, entry = key.partition("@")
+            if at:
+                states[index[name]][entry] = value
+            else:
+                self.parameters[name].copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
@@ -65,16 +81,33 @@ class StudentEMA:
     """Exponential moving average of the student's parameters; the student that is saved.
 
     The decay is min(ema_decay, (1 + n)/(10 + n)) at update n, so that a short run is not held
-    back by the teacher it started from.
+    back by the teacher it started from. With ema_decay 0 it is the parameters themselves.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.parameters = parameters
         self.decay = decay
-        self.average = {name: value.detach().clone() for name, value in parameters.items()}
+        averaged = parameters if decay > 0 else {}
+        self.average = {name: value.detach().clone() for name, value in averaged.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        if not self.average:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         average = get_ema_multi_avg_fn(decay)
         average(list(self.average.values()), list(self.parameters.values()), torch.tensor(step))
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the student's parameters are their average. Nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, average in self.average.items():
+            parameter = self.parameters[name]
+            parameter.data, average.data = average.data, parameter.data

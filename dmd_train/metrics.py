@@ -97,14 +97,15 @@ def measure_digits(
     def fresh(batch: int, number: int) -> Tensor:
         gen = generator(device, seed, "measure", number)
         noise = [randn((batch, *network.shape), gen) for _ in range(recipe.nfe if recipe else 1)]
-        return draw(network, recipe, noise, classes.balanced(batch, device)).clamp(-1, 1)
+        condition = classes.take(classes.balanced(batch), device)
+        return draw(network, recipe, noise, condition).clamp(-1, 1)
 
     images = []
     for number in range(SAMPLES // CHUNK):
         images.append(fresh(CHUNK, number))
         progress(completed=number + 1)
     samples = torch.cat(images)
-    labels = classes.balanced(CHUNK, device)["label"].repeat(len(images))
+    labels = classes.balanced(CHUNK).to(device).repeat(len(images))
     data = Digits(*(part.to(device) for part in digits()))
     numbers = SamplerNumbers(
         nfe=nfe,

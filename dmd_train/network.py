@@ -2,11 +2,14 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .errors import UserError
 from .noise import Noise, Prediction, denoising_weight
 
 NETWORK_KEY = "dmd.network"
@@ -30,6 +33,14 @@ class Network(ABC):
     family: str
     license: str
     sigma_data: float = 0.5
+    downscale: int = 1
+    """Pixels a side that one value of a sample stands for: 8 of most latents."""
+
+    file_dtype: torch.dtype = torch.float32
+    """Of a student's weights on disk."""
+
+    lora_targets: str = r".*"
+    """A regular expression for the names of the layers that adapters go on."""
 
     @abstractmethod
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -43,10 +54,34 @@ class Network(ABC):
     def file_metadata(self) -> dict[str, str]:
         """What a file of these weights must say so that the network can be built again."""
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The weights under the names they have in a file."""
+        return self.module.state_dict()
+
     def denoising_weight(self, t: Tensor) -> Tensor:
         """The teacher's own training weight per sample, on |mu - x0|^2. (B,) float64."""
         alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
         return denoising_weight(self.prediction, alpha, sigma, self.sigma_data)
+
+    def to_images(self, x0: Tensor) -> Tensor:
+        """x0: (B, C, H, W) -> pictures in [-1, 1], (B, 1 or 3, H', W'); latents are decoded."""
+        return x0
+
+    def freeze(self) -> None:
+        """The module is not trained from here on, but may carry adapters."""
+        self.module.eval().requires_grad_(False)
+
+    def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
+        """Recompute activations in the backward pass, by `checkpoint` or torch's own.
+
+        Raises UserError where the module cannot.
+        """
+        enable = getattr(self.module, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise UserError(
+                f"gradient_checkpointing: {self.family} networks cannot. Set it to false."
+            )
+        enable(checkpoint)
 
     def copy(self) -> Self:
         """The same network with parameters of its own."""

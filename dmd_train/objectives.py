@@ -53,14 +53,28 @@ class DistributionMatching:
         normaliser = (x - mu_real).abs().mean(dim=(1, 2, 3), keepdim=True)
         return (mu_fake - mu_real) / normaliser.clamp(min=NORMALISER_EPSILON)
 
-    def __call__(self, x: Tensor, condition: Condition, gen: torch.Generator) -> Tensor:
+    def draw(self, shape: torch.Size, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise (B, C, H, W) for samples of `shape`."""
+        return draw_timesteps(self.t_min, self.t_max, shape[0], gen), randn(shape, gen)
+
+    def __call__(self, x: Tensor, condition: Condition, t: Tensor, eps: Tensor) -> Tensor:
         """x: the student's samples, with gradient -> scalar. It says nothing about progress."""
-        t = draw_timesteps(self.t_min, self.t_max, len(x), gen)
-        return with_gradient(x, self.gradient(x.detach(), condition, t, randn(x.shape, gen)))
+        return with_gradient(x, self.gradient(x.detach(), condition, t, eps))
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(samples, targets), each (B, C, H, W) -> scalar."""
+
+
+def pseudo_huber(x_ref: Tensor, y_ref: Tensor) -> Tensor:
+    """sqrt(|x - y|^2 + c^2) - c with c = 0.00054 sqrt(d) (Song and Dhariwal 2023, 3.3).
+
+    Over all d values of a sample, divided by sqrt(d), so that its scale is that of |x - y|.
+    """
+    d = x_ref[0].numel()
+    c = 0.00054 * d**0.5
+    square = (x_ref - y_ref).square().sum(dim=(1, 2, 3))
+    return (((square + c**2).sqrt() - c) / d**0.5).mean()
 
 
 @dataclass
@@ -82,13 +96,13 @@ class Denoising:
 
     critic: Network
 
-    def loss(self, x: Tensor, condition: Condition, t: Tensor, eps: Tensor) -> Tensor:
-        """x, eps: (B, C, H, W); t: (B,) -> scalar."""
+    def draw(self, shape: torch.Size, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise (B, C, H, W) for samples of `shape`."""
+        return draw_timesteps(0, self.critic.noise.last, shape[0], gen), randn(shape, gen)
+
+    def __call__(self, x: Tensor, condition: Condition, t: Tensor, eps: Tensor) -> Tensor:
+        """x, eps: (B, C, H, W); t: (B,) -> scalar. No gradient reaches the student."""
+        x = x.detach()
         mu_fake = self.critic.predict_x0(self.critic.noise.add(x, eps, t), t, condition)
         weight = per_sample(self.critic.denoising_weight(t))
         return (weight * (mu_fake - x).square()).mean().to(x.dtype)
-
-    def __call__(self, x: Tensor, condition: Condition, gen: torch.Generator) -> Tensor:
-        """x: the student's samples; no gradient reaches the student."""
-        t = draw_timesteps(0, self.critic.noise.last, len(x), gen)
-        return self.loss(x.detach(), condition, t, randn(x.shape, gen))

@@ -1,5 +1,6 @@
 """Noise and the teacher's image from it, for the regression objective (DMD section 3.3)."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,54 +10,87 @@ from torch import Tensor
 
 from .conditions import Conditions
 from .config import Config
-from .files import read_safetensors, write_safetensors
-from .network import Condition, Network
-from .sample import sample_heun
-from .seeding import generator, randn
+from .network import Network
+from .processes import Processes
+from .sample import sample_teacher
+from .seeding import generator, randn, stream_seed
+from .shards import Shards, make_shards
 
-CHUNK = 500
-"""Pairs made at a time: enough to fill the processor, and one step of the progress bar."""
+BYTES = 1 << 20
+"""Of noise in one shard, about: one step of the progress bar, and of what a stop loses."""
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """noise, image: (N, C, H, W); condition: N conditions."""
+class PairBatch:
+    """row: (N,) of the conditions; noise, image: (N, C, H, W)."""
 
+    row: Tensor
     noise: Tensor
     image: Tensor
-    condition: Condition
 
-    def batch(self, size: int, gen: torch.Generator) -> "Pairs":
-        """`size` random pairs, with replacement."""
-        rows = torch.randint(len(self.noise), (size,), generator=gen, device=gen.device)
-        condition = {key: value[rows] for key, value in self.condition.items()}
-        return Pairs(self.noise[rows], self.image[rows], condition)
+
+class Pairs:
+    """The pairs of a folder, each seed once."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        first = {seed: i for i, seed in reversed(list(enumerate(shards.column("seed").tolist())))}
+        self.kept = torch.tensor(sorted(first.values()))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def draw(self, size: int, gen: torch.Generator) -> Tensor:
+        """`size` random pairs by number, with replacement. `gen` is the CPU's."""
+        return torch.randint(len(self), (size,), generator=gen)
+
+    def take(self, numbers: Tensor, device: torch.device) -> PairBatch:
+        tensors = self.shards.take(self.kept[numbers])
+        noise, image = (tensors[key].to(device).float() for key in ("noise", "image"))
+        return PairBatch(tensors["row"], noise, image)
+
+
+def shard_size(shape: tuple[int, int, int]) -> int:
+    """Pairs in one file: at most 500, fewer where they are large."""
+    return max(4, min(500, BYTES // (4 * torch.Size(shape).numel())))
 
 
 def make_pairs(
-    path: Path, teacher: Network, conditions: Conditions, config: Config
+    folder: Path,
+    teacher: Network,
+    conditions: Conditions,
+    config: Config,
+    origin: str,
+    processes: Processes,
 ) -> Iterator[int]:
-    """Make config.pairs by deterministic Heun into the file `path`, yielding how many there are."""
-    made: list[Pairs] = []
-    for start in range(0, config.pairs, CHUNK):
-        size = min(CHUNK, config.pairs - start)
-        gen = generator(teacher.device, config.seed, "pairs", start)
-        noise = randn((size, *teacher.shape), gen)
-        condition = conditions.batch(size, gen)
-        image = sample_heun(teacher, noise, condition, config.pair_steps, config.guidance)
-        made.append(Pairs(noise, image, condition))
-        yield start + size
-    tensors = {
-        "noise": torch.cat([pairs.noise for pairs in made]),
-        "image": torch.cat([pairs.image for pairs in made]),
-    }
-    for key in made[0].condition:
-        tensors[f"condition.{key}"] = torch.cat([pairs.condition[key] for pairs in made])
-    write_safetensors(path, tensors, {})
+    """Make config.pairs into `folder`, deterministically, yielding how many there are.
 
+    Pair i is a function of (config.seed, i). Stored in float16. `origin` names the teacher and the
+    conditions: pairs of another origin are not mixed in.
+    """
+    made_by = ("seed", "pair_sampler", "pair_steps", "guidance", "resolution")
+    origin = json.dumps([origin, *(getattr(config, key) for key in made_by)])
+    cpu = torch.device("cpu")
 
-def load_pairs(path: Path, device: torch.device) -> Pairs:
-    tensors = {key: value.to(device) for key, value in read_safetensors(path)[0].items()}
-    noise, image = tensors.pop("noise"), tensors.pop("image")
-    condition = {key.removeprefix("condition."): value for key, value in tensors.items()}
-    return Pairs(noise, image, condition)
+    def make(numbers: range) -> dict[str, Tensor]:
+        gens = [generator(cpu, config.seed, "pair", i) for i in numbers]
+        row = torch.cat([conditions.rows(1, gen) for gen in gens])
+        noise = torch.stack([randn(teacher.shape, gen) for gen in gens]).half().float()
+        images = []
+        for z, rows in zip(*(x.split(config.pair_batch_size) for x in (noise, row)), strict=True):
+            condition = conditions.take(rows, teacher.device)
+            image = sample_teacher(
+                teacher,
+                z.to(teacher.device),
+                condition,
+                config.pair_sampler,
+                config.pair_steps,
+                config.guidance,
+            )
+            images.append(image.cpu())
+        seed = torch.tensor([stream_seed(config.seed, "pair", i) for i in numbers])
+        return {"seed": seed, "row": row, "noise": noise.half(), "image": torch.cat(images).half()}
+
+    size = shard_size(teacher.shape)
+    rank, count = processes.rank, processes.count
+    yield from make_shards(folder, config.pairs, size, origin, make, rank, count)

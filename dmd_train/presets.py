@@ -1,83 +1,137 @@
-"""Recipes that a file does not carry itself: to choose from, and those of DMD2's own files.
+"""The presets of training: every number with where it comes from.
 
-DMD2's one-step and four-step UNets have the same keys and shapes, so that only a name tells.
+D1 is DMD (arXiv 2311.18828), D2 is DMD2 (arXiv 2405.14867). Both count critic updates as
+iterations; steps here are student updates, D2's iterations over its critic updates for one.
 """
 
-import re
-from pathlib import Path
-
-from .recipe import Recipe
-
-DMD2_LICENSE = "CC BY-NC-SA 4.0 (non-commercial)"
-TRAINING = "checkpoint_model_"
-"""In the name of each folder that a DMD2 training run leaves, before the step."""
+from typing import Any, NamedTuple
 
 
-def _eps(family: str, *timesteps: int) -> Recipe:
-    return Recipe(family=family, prediction="eps", timesteps=timesteps, noise_scale=1.0)
+class Choice(NamedTuple):
+    """A value, and its source or reason."""
+
+    value: Any
+    source: str
 
 
-PRESETS: dict[str, Recipe] = {
-    "SD 1.5, 1 step": _eps("sd1", 999),
-    "SDXL, 1 step (t = 399)": _eps("sdxl", 399),
-    "SDXL, 2 steps": _eps("sdxl", 999, 499),
-    "SDXL, 3 steps": _eps("sdxl", 999, 749, 499),
-    "SDXL, 4 steps": _eps("sdxl", 999, 749, 499, 249),
+class Preset(NamedTuple):
+    """families: of the teachers it is for."""
+
+    families: tuple[str, ...]
+    about: str
+    choices: dict[str, Choice]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {key: choice.value for key, choice in self.choices.items()}
+
+
+ONE_GPU = "one consumer GPU"
+WATCH = "how often one wants to look"
+
+DIGITS_ONE_STEP = {
+    "training": Choice("full", "the network is small"),
+    "cpu_threads": Choice(1, "these matrices are too small to share"),
+    "steps": Choice(1500, "tuned: two minutes on a CPU"),
+    "batch_size": Choice(32, "tuned"),
+    "learning_rate": Choice(4e-3, "tuned"),
+    "warmup_steps": Choice(50, "tuned"),
+    "schedule": Choice("cosine", "tuned"),
+    "ema_decay": Choice(0.995, "tuned"),
+    "critic_updates": Choice(5, "D2 4.2, ImageNet"),
+    "regression_weight": Choice(16.0, "tuned"),
+    "pairs": Choice(16000, "tuned"),
+    "pair_batch_size": Choice(512, "tuned"),
+    "pair_sampler": Choice("heun", "D1 B.1"),
+    "pair_steps": Choice(18, "D1 B.1"),
+    "checkpoint_every": Choice(250, WATCH),
+    "sample_every": Choice(250, WATCH),
 }
-"""What a user can choose for a file that does not say (DMD2 4.3, and its own 2 and 3 steps)."""
 
+SD_FULL = {
+    "training": Choice("full", "D1, D2"),
+    "gradient_checkpointing": Choice(True, "D1 B.3; " + ONE_GPU),
+    "optimizer": Choice("auto", "8 bits where bitsandbytes is there: " + ONE_GPU),
+    "steps": Choice(4000, "D2 B.5: 40,000 iterations, 10 critic updates for one"),
+    "batch_size": Choice(8, ONE_GPU + "; D2 has 2048"),
+    "micro_batch_size": Choice(1, ONE_GPU),
+    "learning_rate": Choice(1e-5, "D2 B.5, SD 1.5"),
+    "warmup_steps": Choice(100, "D2's 500, at a tenth of its steps"),
+    "ema_decay": Choice(0.0, "D1 and D2 have none; it would be one more copy"),
+    "critic_updates": Choice(10, "D2 B.5, SD 1.5"),
+    "guidance": Choice(3.0, "D1 3.4, LAION 6.25+; D2's 1.75 is diverse but soft"),
+    "regression_weight": Choice(0.0, "D2 4.1: prompts alone"),
+    "pairs": Choice(1000, "made only if regression is switched on"),
+    "pair_batch_size": Choice(4, ONE_GPU),
+    "pair_sampler": Choice("pndm", "D1 B.3"),
+    "pair_steps": Choice(50, "D1 B.3"),
+    "regression_loss": Choice("pseudo-huber", "in latents: LPIPS needs weights of its own"),
+    "checkpoint_every": Choice(100, WATCH),
+    "sample_every": Choice(100, WATCH),
+}
 
-def _dmd2(recipe: Recipe, teacher: str, guidance: float) -> Recipe:
-    known = {"teacher": teacher, "baked_guidance": guidance, "license": DMD2_LICENSE}
-    return recipe.model_copy(update=known)
+SD_LORA = SD_FULL | {
+    "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
+    "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
+    "micro_batch_size": Choice(4, ONE_GPU),
+    "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
+    "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
+    "lora_rank": Choice(64, "D2 B.5"),
+    "lora_alpha": Choice(8.0, "D2 B.5"),
+}
 
+SDXL = {
+    "steps": Choice(5000, "D2 B.5: 25,000 iterations, 5 critic updates for one"),
+    "batch_size": Choice(4, ONE_GPU + "; D2 has 128"),
+    "micro_batch_size": Choice(1, ONE_GPU),
+    "critic_updates": Choice(5, "D2 B.5, SDXL"),
+    "guidance": Choice(8.0, "D2 B.5, SDXL"),
+    "conditioning_timestep": Choice(399, "D2 4.5: 999 gives block noise"),
+    "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
+    "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
+    "pair_sampler": Choice("euler", "D2 B.4, trailing"),
+    "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
+}
 
-SD15, SDXL = "stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"
-PUBLISHED: dict[tuple[str, int], Recipe] = {
-    ("sd1", 1): _dmd2(PRESETS["SD 1.5, 1 step"], SD15, 1.75),
-    ("sdxl", 1): _dmd2(PRESETS["SDXL, 1 step (t = 399)"], SDXL, 8.0),
-    ("sdxl", 4): _dmd2(PRESETS["SDXL, 4 steps"], SDXL, 8.0),
-    ("edm-imagenet64", 1): Recipe(
-        family="edm-imagenet64",
-        prediction="edm",
-        timesteps=(999,),
-        noise_scale=80.0,
-        teacher="edm-imagenet-64x64-cond-adm",
-        license=DMD2_LICENSE,
+PAPER = SD_FULL | {
+    "optimizer": Choice("adamw", "D1"),
+    "steps": Choice(20000, "D1 B.3, LAION 6.25+"),
+    "batch_size": Choice(2304, "D1 B.3: 72 GPUs of 32"),
+    "micro_batch_size": Choice(32, "D1 B.3"),
+    "warmup_steps": Choice(500, "D1 B.3"),
+    "critic_updates": Choice(1, "D1 algorithm 1"),
+    "regression_weight": Choice(0.25, "D1 3.3"),
+    "regression_loss": Choice("lpips", "D1 3.3"),
+    "pairs": Choice(500000, "D1 B.3"),
+    "pair_batch_size": Choice(1152, "D1 B.3"),
+}
+
+DMD2 = SD_FULL | {
+    "optimizer": Choice("adamw", "D2"),
+    "batch_size": Choice(2048, "D2 B.5: 64 GPUs of 32"),
+    "micro_batch_size": Choice(32, "D2 B.5"),
+    "warmup_steps": Choice(500, "D2 B.5"),
+    "guidance": Choice(1.75, "D2 B.5"),
+}
+
+PRESETS: dict[str, Preset] = {
+    "digits-one-step": Preset(
+        ("digits", "edm-unet", "edm-imagenet64"), "the embedded digits, minutes", DIGITS_ONE_STEP
     ),
+    "sd15-one-step-lora": Preset(("sd1",), "SD 1.x on one GPU, gives a LoRA", SD_LORA),
+    "sd15-one-step-full": Preset(("sd1",), "SD 1.x, three networks, gives a UNet", SD_FULL),
+    "sd2-one-step-lora": Preset(("sd2",), "SD 2.x on one GPU, gives a LoRA", SD_LORA),
+    "sd2-one-step-full": Preset(("sd2",), "SD 2.x, three networks, gives a UNet", SD_FULL),
+    "sdxl-one-step-lora": Preset(
+        ("sdxl",),
+        "SDXL on one GPU, gives a LoRA; warms up on pairs",
+        SD_LORA | SDXL | {"lora_rank": Choice(32, "64 of D2 B.5 does not fit 16 GB twice")},
+    ),
+    "sdxl-one-step-full": Preset(
+        ("sdxl",),
+        "SDXL, three networks, several GPUs; warms up on pairs",
+        SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
+    ),
+    "sd15-paper": Preset(("sd1",), "DMD as published: pairs and LPIPS, a cluster", PAPER),
+    "sd15-dmd2": Preset(("sd1",), "DMD2's first stage as published, a cluster", DMD2),
 }
-"""(family, steps) -> the recipe of DMD2's own file."""
-
-
-def published_recipe(family: str, name: str) -> Recipe | None:
-    """DMD2's own, where the name of the file `name`, or of its folder, says which one it is."""
-    mark = _dmd2_mark(name)
-    if family == "edm-imagenet64":
-        # EDM itself ships no state dict: under the name that DMD2 gives, this is DMD2's
-        return PUBLISHED[family, 1] if mark or Path(name).name == "pytorch_model.bin" else None
-    if mark is None:
-        return None
-    steps = steps_in(mark)
-    if family == "sd1" and TRAINING in mark and not steps:
-        steps = 1  # the only kind there is; its folders do not say
-    return PUBLISHED.get((family, steps))
-
-
-def is_dmd2(name: str) -> bool:
-    """Whether the file's name, or its folder's, is one that DMD2 gives."""
-    return _dmd2_mark(name) is not None
-
-
-def _dmd2_mark(name: str) -> str | None:
-    """The name that says so: dmd2_... of a file, or ..._checkpoint_model_019000 of a folder."""
-    file, folder = Path(name).name.lower(), Path(name).parent.name.lower()
-    if "dmd2" in file or TRAINING in file:
-        return file
-    return folder if TRAINING in folder else None
-
-
-def steps_in(text: str) -> int:
-    """4 for "denoising4step", 1 for "1step" or "cond399"; 0 if nothing is said, or two things."""
-    told = {int(n) for n in re.findall(r"(?<![\d.])(\d{1,2})[ _-]?steps?(?![a-z])", text)}
-    told |= {1} if "cond399" in text else set()
-    return told.pop() if len(told) == 1 else 0

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UserError
+from .known_recipes import DMD2_LICENSE, is_dmd2, published_recipe
 from .network import NETWORK_KEY
-from .presets import DMD2_LICENSE, is_dmd2, published_recipe
 from .recipe import Recipe, read_recipe
 from .weights import Shapes
 

@@ -19,8 +19,9 @@ from .config import Config
 from .files import write_atomically, write_text
 from .metrics import SamplerNumbers
 from .network import Network
+from .objectives import DistributionMatching
 from .recipe import Recipe
-from .sample import sample_heun, sample_student, step_noise
+from .sample import sample_student, sample_teacher, step_noise
 
 matplotlib.use("agg")
 
@@ -30,6 +31,11 @@ COLUMNS = 10
 LABEL_HEIGHT = 16
 GAP = 2
 """White pixels around each picture of a sheet."""
+
+LARGE, FEW = 1 << 13, 4
+"""From so many values a sample is large, and a sheet shows only a few."""
+
+GRADIENT_TIMESTEP = 500
 
 TARGET_SIZE = 64
 """Small pictures are enlarged, by a whole factor, to at least this many pixels."""
@@ -46,10 +52,10 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image[None])[0])
 
 
-def grid(images: Tensor, columns: int = COLUMNS) -> Image.Image:
-    """(N, C, H, W) in [-1, 1] -> rows of `columns`, small pictures enlarged."""
+def grid(images: Tensor, columns: int = COLUMNS, size: int = TARGET_SIZE) -> Image.Image:
+    """(N, C, H, W) in [-1, 1] -> rows of `columns`, small pictures enlarged to `size` pixels."""
     pixels = to_uint8(images)
-    factor = max(1, -(-TARGET_SIZE // pixels.shape[2]))
+    factor = max(1, -(-size // pixels.shape[2]))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     pixels = np.pad(pixels, ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
     blank = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
@@ -77,7 +83,7 @@ def save_picture(path: Path, image: Image.Image) -> None:
 
 
 class SampleSheet:
-    """Teacher above student on the same noise and classes, drawn as often as wanted."""
+    """Teacher, student and the gradient between them, on the same noise and conditions."""
 
     def __init__(
         self,
@@ -87,25 +93,59 @@ class SampleSheet:
         config: Config,
         count: int = COLUMNS,
     ) -> None:
-        self.recipe = recipe
-        self.noise = step_noise(teacher.shape, count, config.seed, recipe.nfe, teacher.device)
-        self.condition = conditions.balanced(count, teacher.device)
-        steps, guidance = config.pair_steps, config.guidance
-        images = sample_heun(teacher, self.noise[0], self.condition, steps, guidance)
-        self.teacher = (f"teacher, {2 * steps - 1} NFE", grid(images))
+        self.recipe, self.device = recipe, teacher.device
+        self.count = count if torch.Size(teacher.shape).numel() < LARGE else FEW
+        noise = step_noise(teacher.shape, self.count, config.seed, recipe.nfe, self.device)
+        rows = conditions.balanced(self.count)
+        # one picture at a time where they are large: this is a look aside, not worth its memory
+        size = self.count if self.count == count else 1
+        self.parts = [
+            ([z.split(size)[i] for z in noise], conditions.take(row, self.device))
+            for i, row in enumerate(rows.split(size))
+        ]
+        steps, sampler = config.pair_steps, config.pair_sampler
+        images = [
+            sample_teacher(teacher, z[0], condition, sampler, steps, config.guidance)
+            for z, condition in self.parts
+        ]
+        nfe = 2 * steps - 1 if sampler == "heun" else steps
+        self.teacher = (f"teacher, {nfe} NFE", self._grid(teacher, images))
 
     @torch.no_grad()
-    def draw(self, student: Network) -> Image.Image:
-        images = sample_student(student, self.recipe, self.condition, self.noise)
-        return stack([self.teacher, (f"student, {self.recipe.nfe} NFE", grid(images))])
+    def draw(self, student: Network, matching: DistributionMatching | None = None) -> Image.Image:
+        """matching: adds a row with its gradient g at t = 500, each scaled to its own maximum."""
+        samples = [
+            sample_student(student, self.recipe, condition, z) for z, condition in self.parts
+        ]
+        rows = [
+            self.teacher,
+            (f"student, {self.recipe.nfe} NFE", self._grid(student, samples)),
+        ]
+        if matching:
+            gradients = []
+            for x, (z, condition) in zip(samples, self.parts, strict=True):
+                t = torch.full((len(x),), GRADIENT_TIMESTEP, device=x.device)
+                g = matching.gradient(x, condition, t, z[0])[:, :3]
+                g = g[:, :1] if g.shape[1] == 2 else g
+                gradients.append(g / g.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12))
+            size = rows[1][1].width // min(self.count, COLUMNS) - 2 * GAP
+            picture = grid(torch.cat(gradients), min(self.count, COLUMNS), size)
+            rows.append((f"distribution matching gradient, t = {GRADIENT_TIMESTEP}", picture))
+        return stack(rows)
+
+    def _grid(self, network: Network, samples: list[Tensor]) -> Image.Image:
+        images = torch.cat([network.to_images(x).float().cpu() for x in samples])
+        return grid(images, min(self.count, COLUMNS))
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     """A panel for each value of metrics.jsonl, over student updates."""
-    names = [name for name in rows[0] if name not in ("step", "seconds")]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [name for name in names if name not in ("step", "seconds")]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=0.8)
+        told = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*told, strict=True), linewidth=0.8)
         axis.set(title=name.replace("/", ": ").replace("_", " "), xlabel="student updates")
         axis.set_yscale("log")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .adapters import Adapted, Adapters
 from .network import Network
 
 
@@ -27,11 +28,26 @@ def three_networks(teacher: Network) -> Roles:
 
     The teacher is frozen in place. All in eval mode: dropout is off (DMD B.1, B.2).
     """
-    teacher.module.eval().requires_grad_(False)
-    return Roles(Role(teacher, {}), _trained_copy(teacher), _trained_copy(teacher))
+    critic, student = _trained_copy(teacher), _trained_copy(teacher)
+    teacher.freeze()
+    return Roles(Role(teacher, {}), critic, student)
 
 
 def _trained_copy(teacher: Network) -> Role:
     network = teacher.copy()
-    network.module.requires_grad_(True)
+    network.module.eval().float().requires_grad_(True)
     return Role(network, dict(network.module.named_parameters()))
+
+
+def two_adapters(teacher: Network, rank: int, alpha: float, seed: int) -> Roles:
+    """One frozen network: the teacher is it without adapters, critic and student with theirs.
+
+    An adapter starts as zero: critic and student start as the teacher (DMD algorithm 1, line 2).
+    """
+    teacher.freeze()
+    adapters = Adapters(teacher, ("critic", "student"), rank, alpha, seed)
+    return Roles(
+        Role(Adapted(teacher, adapters, None), {}),
+        Role(Adapted(teacher, adapters, "critic"), adapters.parameters("critic")),
+        Role(Adapted(teacher, adapters, "student"), adapters.parameters("student")),
+    )

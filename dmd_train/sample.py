@@ -1,10 +1,20 @@
-"""Sampling: the student by its recipe, the teacher by Heun's method."""
+"""Sampling: the student by its recipe, the teacher by Heun or a scheduler of diffusers'."""
+
+from typing import Any
 
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 
+from .errors import UserError
 from .network import Condition, Network, guided_x0
-from .noise import per_sample
+from .noise import EDM, VP, Noise, per_sample
 from .recipe import Recipe
 from .seeding import generator, randn
 
@@ -17,15 +27,16 @@ def step_noise(
 ) -> list[Tensor]:
     """One N(0, I) tensor (count, C, H, W) for each evaluation.
 
-    Drawn on the CPU, and image i from (seed, i) alone: the same seed gives the same picture in any
-    batch and on any device.
+    Drawn on the CPU: the same seed gives the same pictures in a larger batch and on any device.
+    The first is what ComfyUI's samplers start from for this seed.
     """
     cpu = torch.device("cpu")
-    noise = [
-        [randn(shape, generator(cpu, seed, "sample", i, step)) for i in range(count)]
-        for step in range(nfe)
+    first = randn((count, *shape), torch.Generator().manual_seed(seed))
+    later = [
+        torch.stack([randn(shape, generator(cpu, seed, "sample", i, step)) for i in range(count)])
+        for step in range(1, nfe)
     ]
-    return [torch.stack(images).to(device) for images in noise]
+    return [noise.to(device) for noise in (first, *later)]
 
 
 def sample_student(
@@ -72,11 +83,64 @@ def sample_heun(
     raise ValueError("steps must be at least 1")
 
 
+SCHEDULERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "ddim": (DDIMScheduler, {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "heun": (HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
+}
+"""Stable Diffusion's settings; "trailing" begins at the last timestep, as a student does."""
+
+
+@torch.no_grad()
+def sample_scheduler(
+    network: Network, z: Tensor, condition: Condition, sampler: str, steps: int, guidance: float
+) -> Tensor:
+    """A deterministic sampler of diffusers' on a variance-preserving network.
+
+    z: (B, C, H, W) ~ N(0, I). Returns x0, (B, C, H, W).
+    """
+    assert isinstance(network.noise, VP)
+    kind, settings = SCHEDULERS[sampler]
+    abar = network.noise.alphas_cumprod.cpu()
+    betas = 1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
+    scheduler = kind(trained_betas=betas.numpy(), prediction_type="epsilon", **settings)
+    scheduler.set_timesteps(steps, device=z.device)
+    x = z * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        x_t = scheduler.scale_model_input(x, timestep)
+        t = timestep.long().expand(len(x))
+        x0 = guided_x0(network, x_t, t, condition, guidance)
+        alpha, sigma = per_sample(network.noise.alpha(t)), per_sample(network.noise.sigma(t))
+        eps = ((x_t - alpha * x0) / sigma).to(x.dtype)
+        x = scheduler.step(eps, timestep, x, return_dict=False)[0]
+    return x
+
+
+def sample_teacher(
+    network: Network, z: Tensor, condition: Condition, sampler: str, steps: int, guidance: float
+) -> Tensor:
+    """By name; see Config.pair_sampler. Raises UserError if the network has no such sampler."""
+    if isinstance(network.noise, VP):
+        return sample_scheduler(network, z, condition, sampler, steps, guidance)
+    if sampler != "heun":
+        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have heun alone.")
+    return sample_heun(network, z, condition, steps, guidance)
+
+
+USUAL: dict[type[Noise], tuple[str, int, float]] = {
+    EDM: ("heun", HEUN_STEPS, 1.0),
+    VP: ("pndm", 50, 7.5),
+}
+"""Sampler, steps and guidance of a teacher: EDM table 2; Stable Diffusion's own."""
+
+
 @torch.no_grad()
 def draw(
     network: Network, recipe: Recipe | None, noise: list[Tensor], condition: Condition
 ) -> Tensor:
-    """By the student's recipe; a teacher, which has none, by Heun's method from noise[0]."""
+    """By the student's recipe; a teacher, which has none, as its kind is usually sampled."""
     if recipe:
         return sample_student(network, recipe, condition, noise)
-    return sample_heun(network, noise[0], condition)
+    return sample_teacher(network, noise[0], condition, *USUAL[type(network.noise)])

@@ -2,20 +2,37 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from .config import Config
+from .errors import UserError
 from .files import write_safetensors
 from .network import Network
 from .networks import Loaded
+from .noise import VP
 from .recipe import Recipe
 
 
 def one_step_recipe(loaded: Loaded, config: Config) -> Recipe:
-    """Conditioned at the last timestep, so that plain one-step sampling is right."""
+    """One evaluation at config.conditioning_timestep; at the last, plain sampling is right.
+
+    Raises UserError if the teacher is a student already, or its noise has a scale of its own at
+    each timestep.
+    """
     teacher = loaded.network
+    if loaded.recipe:
+        raise UserError(
+            f"teacher: {config.teacher} is a {loaded.recipe.nfe}-step student already. "
+            f"Give the model that it was made from ({loaded.recipe.teacher})."
+        )
+    timestep = config.conditioning_timestep
+    if timestep != teacher.noise.last and not isinstance(teacher.noise, VP):
+        raise UserError(f"conditioning_timestep: {teacher.family} networks have 999 alone.")
     return Recipe(
         family=teacher.family,
         prediction=teacher.prediction,
-        timesteps=(teacher.noise.last,),
+        timesteps=(timestep,),
         noise_scale=teacher.noise.start_scale,
         baked_guidance=config.guidance,
         teacher=loaded.source,
@@ -24,8 +41,22 @@ def one_step_recipe(loaded: Loaded, config: Config) -> Recipe:
     )
 
 
+def write_weights(
+    path: Path,
+    tensors: dict[str, Tensor],
+    recipe: Recipe,
+    network: Network,
+    dtype: torch.dtype,
+) -> None:
+    """Weights under their names in a file, with the recipe of `network`'s student. Atomic."""
+    channels, height, width = network.shape
+    pixels = (channels, network.downscale * height, network.downscale * width)
+    metadata = recipe.to_metadata(f"{recipe.teacher}, {recipe.nfe} step", pixels)
+    metadata |= network.file_metadata()
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    write_safetensors(path, cast, metadata)
+
+
 def write_student(path: Path, student: Network, recipe: Recipe) -> None:
-    """Atomically, over an older student of the same run."""
-    title = f"{recipe.teacher}, {recipe.nfe} step"
-    metadata = recipe.to_metadata(title, student.shape) | student.file_metadata()
-    write_safetensors(path, student.module.state_dict(), metadata)
+    """Over an older student of the same run: a LoRA, or the network's weights."""
+    write_weights(path, student.file_tensors(), recipe, student, student.file_dtype)

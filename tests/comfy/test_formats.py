@@ -36,7 +36,7 @@ from published import (
 from safetensors.torch import save_file
 from unit.publishers import FOREIGN, diffusers_unet
 
-from dmd_train.presets import DMD2_LICENSE
+from dmd_train.known_recipes import DMD2_LICENSE
 from dmd_train.recipe import Recipe
 
 EXACT = 1e-4

@@ -1,0 +1,123 @@
+"""Stable Diffusion 1.x, 2.x and XL as a Network: latents, text conditions, eps or v."""
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import Module
+
+from ..network import Condition, Network
+from ..noise import VP, Prediction, x0_from
+from .ldm_names import unet_names
+from .sd_file import SDFile
+from .text import TextEncoder
+
+UNET = "model.diffusion_model."
+"""What LDM puts before the names of the UNet's weights."""
+
+
+class StableDiffusion(Network):
+    """A UNet on latents (4, H / downscale, W / downscale) of about unit scale.
+
+    The condition is {"text": (B, 77, D)}, for SDXL also {"pooled": (B, 1280)}. empty: the condition
+    of the empty prompt, a batch of one, which guidance starts from; SDXL has zeros instead
+    (DMD 3.4, DMD2's code). half: compute in bfloat16, with the weights as they are.
+    """
+
+    module: UNet2DConditionModel
+    file_dtype = torch.float16
+    lora_targets = (
+        r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|"
+        r"conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)"
+    )
+    """DMD2's (B.5)."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        *,
+        family: str,
+        prediction: Prediction,
+        shape: tuple[int, int, int],
+        license: str,
+        empty: Condition,
+        half: bool = False,
+        decoder: AutoencoderKL | AutoencoderTiny | None,
+        latent_scale: float,
+        downscale: int,
+    ) -> None:
+        self.module, self.family, self.prediction = unet, family, prediction
+        self.shape, self.license, self.empty, self.half = shape, license, empty, half
+        # half precision is autocast's: in float16, SDXL's VAE overflows
+        self.decoder = Module.float(decoder.requires_grad_(False)) if decoder else None
+        self.latent_scale, self.downscale = latent_scale, downscale
+        self.noise = VP.scaled_linear()
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        added = None
+        if "pooled" in condition:
+            height, width = (self.downscale * size for size in x_t.shape[2:])
+            # original size, crop, target size
+            sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)
+            added = {"text_embeds": condition["pooled"], "time_ids": sizes}
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.half):
+            output = self.module(x_t, t, condition["text"], added_cond_kwargs=added).sample
+        alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
+        return x0_from(self.prediction, output, x_t, alpha, sigma)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        if "pooled" in condition:
+            return {key: torch.zeros_like(value) for key, value in condition.items()}
+        return {"text": self.empty["text"].expand_as(condition["text"])}
+
+    @torch.no_grad()
+    def to_images(self, x0: Tensor) -> Tensor:
+        """One at a time, by the decoder; without one, the first three channels as colours."""
+        if self.decoder is None:
+            return (x0[:, :3] / 3).clamp(-1, 1)
+        return torch.cat([self.decode(x[None]) for x in x0])
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """With gradient. (B, 4, h, w) -> (B, 3, H, W), about -1..1."""
+        assert self.decoder is not None
+        self.decoder.to(x0.device)
+        # AutoencoderTiny was made for latents of unit scale
+        scale = 1.0 if isinstance(self.decoder, AutoencoderTiny) else self.latent_scale
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.half):
+            return self.decoder.decode(x0 / scale).sample.float()
+
+    def freeze(self) -> None:
+        super().freeze()
+        if self.half:  # as it would be read anyway (DMD2's code)
+            self.module.to(torch.bfloat16)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """By their names in a single file, which ComfyUI reads for any size of UNet."""
+        return self.ldm_tensors(self.module.state_dict())
+
+    def ldm_tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under diffusers' names -> under those of a single file."""
+        names = unet_names(weights, self.module.config)
+        return {UNET + names[key]: value for key, value in weights.items()}
+
+    def file_metadata(self) -> dict[str, str]:
+        return {}
+
+
+def stable_diffusion(
+    file: SDFile, text: TextEncoder, device: torch.device, half: bool, resolution: int
+) -> StableDiffusion:
+    """The network of a file. resolution: in pixels; 0: the file's own."""
+    size = (resolution or file.native_size) // file.downscale
+    empty = {key: value.to(device) for key, value in text.encode([""]).items()}
+    return StableDiffusion(
+        file.unet().float().to(device),
+        family=file.family,
+        prediction=file.prediction,
+        shape=(4, size, size),
+        license=file.license,
+        empty=empty,
+        half=half,
+        decoder=file.vae(),
+        latent_scale=file.latent_scale,
+        downscale=file.downscale,
+    )

@@ -1,0 +1,91 @@
+"""What a run needs before its first step: encoded prompts, pairs, the distance they are held to."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from .checkpoint import RunFolder
+from .conditions import Classes, Conditions, Prompts
+from .config import Config
+from .errors import UserError
+from .network import Network
+from .networks import Loaded
+from .networks.edm import EDMNetwork
+from .networks.stable_diffusion import StableDiffusion
+from .objectives import Distance, pseudo_huber
+from .pairs import Pairs, make_pairs
+from .processes import Processes
+from .prompts import encode_prompts, fits_on_disk, read_prompts, too_long
+from .shards import Shards
+from .terminal import StopRequest, bar, console
+
+
+def make_conditions(
+    run: RunFolder, loaded: Loaded, processes: Processes, stop: StopRequest
+) -> Conditions:
+    """Classes, or the run's prompts: encoded into run.text, or live where they are too many."""
+    if isinstance(loaded.network, EDMNetwork):
+        return Classes(loaded.network.classes)
+    assert loaded.text
+    path = run.config.prompts
+    prompts = read_prompts(path)
+    warning = too_long(prompts, loaded.text, path)
+    if warning:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    encoder = loaded.text.to(processes.device)
+    if not fits_on_disk(prompts, encoder):
+        return Prompts(prompts, encoder)
+    if processes.is_main:
+        made = encode_prompts(run.text, prompts, encoder, _origin(loaded, prompts))
+        _progress("prompts", made, len(prompts), stop)
+    processes.wait()
+    encoder.to(torch.device("cpu"))
+    return Prompts(prompts, Shards(run.text))
+
+
+def make_run_pairs(
+    run: RunFolder, loaded: Loaded, processes: Processes, stop: StopRequest
+) -> Pairs:
+    """The pairs in run.pairs, made where they are not there yet; each process makes its part."""
+    conditions = make_conditions(run, loaded, processes, stop)
+    prompts = conditions.prompts if isinstance(conditions, Prompts) else []
+    origin = _origin(loaded, prompts)
+    made = make_pairs(run.pairs, loaded.network, conditions, run.config, origin, processes)
+    _progress("pairs", made, run.config.pairs, stop)
+    processes.wait()
+    return Pairs(Shards(run.pairs))
+
+
+def _progress(what: str, made: Iterator[int], total: int, stop: StopRequest) -> None:
+    """A bar; exits once a stop is asked for. What is made is on disk."""
+    with bar() as progress:
+        task = progress.add_task(what, total=total, note="")
+        for count in made:
+            progress.update(task, completed=count)
+            if stop.signal and count < total:
+                console.print(f"{what}: {count} of {total} kept; the same command goes on.")
+                stop.exit()
+
+
+def _origin(loaded: Loaded, prompts: list[str]) -> str:
+    """Names the teacher and the prompts."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return f"{loaded.sha256} {digest}"
+
+
+def regression_distance(config: Config, network: Network) -> Distance:
+    match config.regression_loss:
+        case "mse":
+            return functional.mse_loss
+        case "pseudo-huber":
+            return pseudo_huber
+        case "lpips":
+            if not config.needs_pairs:
+                return functional.mse_loss
+            if not isinstance(network, StableDiffusion):
+                raise UserError(f"regression_loss: lpips is not for {network.family} networks.")
+            from .perceptual import lpips
+
+            return lpips(network)
