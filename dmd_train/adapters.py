@@ -21,6 +21,14 @@ from .network import Condition, Network
 from .seeding import generator
 
 
+LISTED_AS = {
+    "sd1": {"ss_base_model_version": "sd_v1"},
+    "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
+}
+"""Family -> the metadata by which A1111 and Forge list a LoRA; any other is for SD 1 to them."""
+
+
 def kohya_name(layer: str) -> str:
     """The name of a UNet's layer in a LoRA, by which ComfyUI, A1111, Forge and diffusers know it.
 
@@ -176,4 +184,4 @@ class Adapted(Network):
         return self.adapters.file_tensors(self.name)
 
     def file_metadata(self) -> dict[str, str]:
-        return {}
+        return LISTED_AS.get(self.family, {})

@@ -169,9 +169,15 @@ class RunFolder:
             write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Append to metrics.jsonl, one JSON object a line."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Append to metrics.jsonl, one JSON object a line. Raises UserError if the disk refuses."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics}: not written ({error.strerror}). Make room; the same command goes "
+                "on from the last checkpoint."
+            ) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; a line cut by a kill is left out."""

@@ -36,6 +36,7 @@ from .report import SampleSheet, grid, picture, save_curves, save_picture
 from .sample import draw, step_noise
 from .student import one_step_recipe
 from .terminal import STOPPED, StopRequest, bar, console, watch
+from .trackers import require_trackers
 
 app = typer.Typer(
     add_completion=False,
@@ -178,7 +179,9 @@ def sample(
         list[str] | None, typer.Option(help="Of a text-conditional model; may be repeated.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pictures; as in KSampler.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same pictures; as in KSampler.")
+    ] = 0,
     base: Annotated[
         Path | None, typer.Option(help="The checkpoint that a LoRA or a UNet was made from.")
     ] = None,
@@ -303,6 +306,7 @@ def _teacher(config: Config, processes: Processes) -> Loaded:
 def _train(run: RunFolder, processes: Processes, again: str) -> None:
     """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
     config = run.config
+    require_trackers(config)
     loaded = _teacher(config, processes)
     recipe = one_step_recipe(loaded, config)
     with StopRequest() as stop:

@@ -25,6 +25,7 @@ from .roles import Roles, three_networks, two_adapters
 from .sample import sample_student
 from .seeding import generator, randn
 from .student import write_student
+from .trackers import Trackers
 
 LOG_EVERY = 10
 """Student updates between two looks at the losses: one host-device sync for all of them."""
@@ -242,6 +243,7 @@ def distil(
         if is_main:
             with state.ema.swapped_in():
                 write_student(run.student, student, recipe)
+        journal.trackers.close()
         state.processes.wait()
 
     try:
@@ -256,6 +258,7 @@ def distil(
                 with state.ema.swapped_in():
                     picture = sheet.draw(student, state.distribution_matching)
                 save_picture(run.samples / f"step-{step:08d}.png", picture)
+                journal.trackers.picture(step, picture)
             yield StepReport(step, config.steps, values, picture)
     except GeneratorExit:
         finish()
@@ -268,6 +271,7 @@ class Journal:
 
     def __init__(self, run: RunFolder, processes: Processes) -> None:
         self.run, self.processes = run, processes
+        self.trackers = Trackers(run.config, run.path)
         self.waiting: list[tuple[int, dict[str, Tensor]]] = []
         self.since = time.monotonic()
 
@@ -302,3 +306,5 @@ class Journal:
     def _log(self, rows: list[dict[str, Any]]) -> None:
         if self.processes.is_main:
             self.run.log(rows)
+            for row in rows:
+                self.trackers.log(row)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from . import networks
-from .adapters import Adapters
+from .adapters import Adapted, Adapters
 from .checkpoint import newest_checkpoint
 from .config import load_config
 from .errors import UserError
+from .network import Network
 from .networks.stable_diffusion import StableDiffusion
 from .student import one_step_recipe, write_weights
 from .weights import read_weights
@@ -29,7 +30,8 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
     """Write the newest student of the run folder. Returns the path, run/student-FORM by default.
 
     lora: the adapter. unet: the UNet, a LoRA merged into it. checkpoint: the teacher's single file
-    with that UNet. Raises UserError for a form that the run cannot give.
+    with that UNet; its text encoders and VAE stay as they are. dtype: of the student's weights.
+    Raises UserError for a form that the run cannot give.
     """
     config = load_config(run / "run.yaml", [])
     newest = newest_checkpoint(run / "checkpoints")
@@ -42,6 +44,7 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
             f"{run}: a {network.family} student is whole already: {run}/student.safetensors"
         )
     weights = _student_weights(newest.tensors)
+    student: Network = network
     if config.training == "full":
         network.module.load_state_dict(weights)
         tensors = network.file_tensors()
@@ -59,13 +62,14 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
             for name, value in weights.items():
                 own[name].copy_(value)
         if form == "lora":
-            tensors = adapters.file_tensors("student")
+            student = Adapted(network, adapters, "student")
+            tensors = student.file_tensors()
         else:
             tensors = network.ldm_tensors(adapters.merged("student"))
-    if form == "checkpoint":
-        tensors |= _rest_of_teacher(Path(config.teacher))
+    beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
-    write_weights(path, tensors, one_step_recipe(loaded, config), network, DTYPES[dtype])
+    recipe = one_step_recipe(loaded, config)
+    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside)
     return path
 
 

@@ -47,14 +47,18 @@ def write_weights(
     recipe: Recipe,
     network: Network,
     dtype: torch.dtype,
+    beside: dict[str, Tensor] | None = None,
 ) -> None:
-    """Weights under their names in a file, with the recipe of `network`'s student. Atomic."""
+    """Weights under their names in a file, with the recipe of `network`'s student. Atomic.
+
+    beside: other weights, which keep their dtype.
+    """
     channels, height, width = network.shape
     pixels = (channels, network.downscale * height, network.downscale * width)
     metadata = recipe.to_metadata(f"{recipe.teacher}, {recipe.nfe} step", pixels)
     metadata |= network.file_metadata()
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    write_safetensors(path, cast, metadata)
+    write_safetensors(path, cast | (beside or {}), metadata)
 
 
 def write_student(path: Path, student: Network, recipe: Recipe) -> None:

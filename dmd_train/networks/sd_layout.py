@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..recognise import LDM
@@ -45,8 +46,13 @@ def vae(weights: Weights, scaling_factor: float) -> AutoencoderKL | AutoencoderT
 
 def build(kind: Any, config: dict[str, Any], weights: Weights) -> Any:
     """A diffusers network in eval mode, in the dtype of its weights, sharing their memory."""
-    with torch.device("meta"):  # nothing is drawn at random only to be overwritten
-        model = kind.from_config(config)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a config of another version of diffusers is no concern
+    try:
+        with torch.device("meta"):  # nothing is drawn at random only to be overwritten
+            model = kind.from_config(config)
+    finally:
+        logging.set_verbosity(verbosity)
     fit(model, weights)
     return model.eval()
 

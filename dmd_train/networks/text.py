@@ -119,16 +119,18 @@ def from_diffusers(
     config: dict[str, Any], weights: Weights, tokenizer: Path, projected: bool
 ) -> Part:
     """One text_encoder folder of a pipeline, and its tokenizer's. Raises ValueError or OSError."""
-    folder = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    own = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
-    def tokenize(prompts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = folder(
+    def own_tokens(prompts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = own(
             prompts, padding=False, truncation=False, verbose=False
         ).input_ids
         return found
 
+    # SD 2's and SDXL's declare "!" to be padding, and so take it out of prompts: OpenCLIP did not
+    tokenize = shipped_tokens if own.get_vocab() == vocabulary() else own_tokens
     model = _model(CLIPTextConfig.from_dict(config), weights, projected)
-    return Part(model, tokenize, folder.pad_token_id)
+    return Part(model, tokenize, own.pad_token_id)
 
 
 def _openai(weights: Weights, prefix: str) -> Part:
