@@ -20,7 +20,6 @@ from .errors import UserError
 from .network import Condition, Network
 from .seeding import generator
 
-
 LISTED_AS = {
     "sd1": {"ss_base_model_version": "sd_v1"},
     "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},

@@ -18,7 +18,7 @@ from .learner import Learner, StudentEMA
 from .network import Condition, Network
 from .objectives import Denoising, DistributionMatching, Regression
 from .pairs import Pairs
-from .processes import Processes
+from .processes import Processes, whole
 from .recipe import Recipe
 from .report import SampleSheet, save_picture
 from .roles import Roles, three_networks, two_adapters
@@ -195,7 +195,11 @@ class Distillation:
 
 
 def make_roles(teacher: Network, config: Config) -> Roles:
-    """As config.training says."""
+    """As config.training says. Raises UserError for what cannot be spread over processes."""
+    if Processes(teacher.device).is_sharded and (config.training == "lora" or config.ema_decay):
+        raise UserError(
+            "FSDP is for training: full with ema_decay: 0. Leave --use_fsdp out: adapters fit."
+        )
     if config.training == "full":
         return three_networks(teacher)
     return two_adapters(teacher, config.lora_rank, config.lora_alpha, config.seed)
@@ -218,9 +222,9 @@ def distil(
     """
     state = Distillation(make_roles(teacher, config), recipe, conditions, config, regression)
     student, is_main = state.roles.student.network, state.processes.is_main
-    sheet = (
-        SampleSheet(state.roles.teacher.network, recipe, conditions, config) if is_main else None
-    )
+    looks = is_main or state.processes.is_sharded  # a sharded network needs all processes
+    shown = state.roles.teacher.network
+    sheet = SampleSheet(shown, recipe, conditions, config) if looks else None
     journal = Journal(run, state.processes)
     step = saved = 0
     if checkpoint := run.newest():
@@ -234,15 +238,18 @@ def distil(
     def save() -> None:
         nonlocal saved
         journal.flush()
-        if step > saved and is_main:
-            run.save(Checkpoint(step, state.tensors()))
+        if step > saved and looks:
+            tensors = state.tensors()
+            if is_main:
+                run.save(Checkpoint(step, tensors))
         saved = step
 
     def finish() -> None:
         save()
+        with state.ema.swapped_in():
+            tensors = {key: whole(value) for key, value in student.file_tensors().items()}
         if is_main:
-            with state.ema.swapped_in():
-                write_student(run.student, student, recipe)
+            write_student(run.student, student, recipe, tensors)
         journal.trackers.close()
         state.processes.wait()
 
@@ -257,8 +264,9 @@ def distil(
             if sheet and step % config.sample_every == 0:
                 with state.ema.swapped_in():
                     picture = sheet.draw(student, state.distribution_matching)
-                save_picture(run.samples / f"step-{step:08d}.png", picture)
-                journal.trackers.picture(step, picture)
+                if is_main:
+                    save_picture(run.samples / f"step-{step:08d}.png", picture)
+                    journal.trackers.picture(step, picture)
             yield StepReport(step, config.steps, values, picture)
     except GeneratorExit:
         finish()

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import Config
 from .errors import UserError
-from .processes import Processes
+from .processes import Processes, as_spread, whole
 from .roles import Role
 
 
@@ -48,7 +48,7 @@ class Learner:
         """One optimiser step on the gradients so far. Returns their L2 norm before clipping."""
         parameters = list(self.parameters.values())
         self.processes.average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
@@ -56,11 +56,11 @@ class Learner:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and optimiser state, flat."""
-        flat = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        """Parameters and optimiser state, flat and whole."""
+        flat = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
-                flat[f"{name}@{key}"] = torch.as_tensor(value)
+                flat[f"{name}@{key}"] = whole(torch.as_tensor(value))
         return flat
 
     @torch.no_grad()
@@ -69,10 +69,12 @@ class Learner:
         index = {name: i for i, name in enumerate(self.parameters)}
         for key, value in flat.items():
             name, at, entry = key.partition("@")
+            parameter = self.parameters[name]
+            spread = value if value.shape != parameter.shape else as_spread(value, parameter)
             if at:
-                states[index[name]][entry] = value
+                states[index[name]][entry] = spread
             else:
-                self.parameters[name].copy_(value)
+                parameter.copy_(spread)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 

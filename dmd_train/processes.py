@@ -1,9 +1,17 @@
-"""One run over the processes of `accelerate launch`; a run of one process is the usual case."""
+"""One run over the processes of `accelerate launch`; a run of one process is the usual case.
+
+Each process has whole networks and its part of the batch; or, with FSDP, its part of both.
+"""
+
+import os
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
 
@@ -37,9 +45,24 @@ class Processes:
             )
         return whole[self.rank :: self.count]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether networks are spread over the processes: `accelerate launch --use_fsdp`."""
+        return self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+    def shard(self, module: nn.Module) -> None:
+        """Spread its parameters, where that is asked for: they become DTensors, block by block."""
+        if not self.is_sharded:
+            return
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        for child in module.children():
+            for block in child if isinstance(child, nn.ModuleList) else ():
+                fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """In place, the mean over processes: the gradient of the whole batch."""
-        if self.count == 1:
+        if self.count == 1 or self.is_sharded:  # a sharded backward averages itself
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         pending = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
@@ -67,3 +90,15 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor as it is, or put together again from all processes; all must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def as_spread(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, spread over the processes as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

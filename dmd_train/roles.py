@@ -6,6 +6,7 @@ from torch import nn
 
 from .adapters import Adapted, Adapters
 from .network import Network
+from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,23 @@ class Roles:
     student: Role
 
 
-def three_networks(teacher: Network) -> Roles:
+def three_networks(teacher: Network, processes: Processes | None = None) -> Roles:
     """Critic and student start as exact copies of the teacher (DMD algorithm 1, line 2).
 
-    The teacher is frozen in place. All in eval mode: dropout is off (DMD B.1, B.2).
+    The teacher is frozen in place. All in eval mode: dropout is off (DMD B.1, B.2). Each is spread
+    over the processes where that is asked for.
     """
-    critic, student = _trained_copy(teacher), _trained_copy(teacher)
+    processes = processes or Processes(teacher.device)
+    critic, student = _trained_copy(teacher, processes), _trained_copy(teacher, processes)
     teacher.freeze()
+    processes.shard(teacher.module)
     return Roles(Role(teacher, {}), critic, student)
 
 
-def _trained_copy(teacher: Network) -> Role:
+def _trained_copy(teacher: Network, processes: Processes) -> Role:
     network = teacher.copy()
     network.module.eval().float().requires_grad_(True)
+    processes.shard(network.module)
     return Role(network, dict(network.module.named_parameters()))
 
 

@@ -61,6 +61,8 @@ def write_weights(
     write_safetensors(path, cast | (beside or {}), metadata)
 
 
-def write_student(path: Path, student: Network, recipe: Recipe) -> None:
-    """Over an older student of the same run: a LoRA, or the network's weights."""
-    write_weights(path, student.file_tensors(), recipe, student, student.file_dtype)
+def write_student(
+    path: Path, student: Network, recipe: Recipe, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Over an older student of the same run: a LoRA, or the network's weights (`tensors`)."""
+    write_weights(path, tensors or student.file_tensors(), recipe, student, student.file_dtype)

@@ -17,9 +17,9 @@ from torch import Tensor
 from unit.adm import adm_state
 
 from dmd_train import networks
+from dmd_train.known_recipes import PRESETS
 from dmd_train.networks import DIGITS_TEACHER
 from dmd_train.networks.digits import CLASSES
-from dmd_train.known_recipes import PRESETS
 from dmd_train.sample import sample_heun, sample_student
 
 TINY = {"sd15": tiny_sd15, "sd2v": tiny_sd2_v, "sdxl": tiny_sdxl}

@@ -1,6 +1,8 @@
 """Bad input is one line that names the file, the value and the way out; exit code 2."""
 
+import errno
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmd_train.files import read_safetensors
+from dmd_train.checkpoint import RunFolder
+from dmd_train.config import load_config
+from dmd_train.errors import UserError
+from dmd_train.files import read_safetensors, write_atomically, write_safetensors
 from dmd_train.networks import DIGITS_TEACHER
 
 Command = Callable
@@ -206,3 +211,61 @@ def test_a_safetensors_file_whose_header_length_begins_like_a_pickle_is_read(
             break
     assert path.read_bytes()[0] == 0x80
     assert list(read_safetensors(path)[0]) == ["x"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(b"old")
+
+    def fills_the_disk(temporary: Path) -> None:
+        temporary.write_bytes(b"half of the ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError) as caught:
+        write_atomically(path, fills_the_disk)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: not written (No space left on device). Make room")
+    assert "\n" not in message
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
+
+
+def test_safetensors_own_error_about_a_full_disk_is_one_line_too(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="File too large") as caught:
+            write_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_the_losses_are_logged_is_one_line(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    with RunFolder(load_config(write_run(tmp_path), [])) as run:
+        run.metrics.symlink_to("/dev/full")
+        with pytest.raises(UserError, match="No space left on device") as caught:
+            run.log([{"step": 1}])
+    assert str(run.metrics) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("out", ["run.yaml/x.png", "/proc/x.npy", "run.yaml/folder"])
+def test_an_output_that_cannot_be_written_is_refused(
+    out: str, tmp_path: Path, dmd: Command, write_run: WriteRun
+) -> None:
+    before = write_run(tmp_path).read_bytes()
+    refused(dmd("sample", DIGITS_TEACHER, "--out", out), out, "cannot be written", "Choose another")
+    assert (tmp_path / "run.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int, dmd: Command) -> None:
+    code, out, err = dmd("sample", DIGITS_TEACHER, "--seed", seed, "--out", "x.png")
+    assert code == 2
+    assert "Traceback" not in out + err
+    assert "--seed" in err
+    assert not Path("x.png").exists()

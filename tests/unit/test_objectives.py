@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from unit.tiny import Exact, Recorded, constant, edm_mlp, gaussian, labels
+from unit.tiny import Exact, Recorded, constant, drawn, edm_mlp, gaussian, labels
 
 from dmd_train import networks
 from dmd_train.network import guided_x0
@@ -46,7 +46,7 @@ def by_label(shape: tuple[int, int, int] = SHAPE) -> Exact:
 def test_where_teacher_and_critic_agree_the_loss_and_its_gradient_are_zero() -> None:
     teacher = edm_mlp(SHAPE)
     x = randn(8, *SHAPE).requires_grad_()
-    loss = DistributionMatching(teacher, teacher.copy())(x, labels(8), gen())
+    loss = drawn(DistributionMatching(teacher, teacher.copy()), x, labels(8), gen())
     loss.backward()
     assert loss.item() == 0
     assert x.grad is not None
@@ -173,7 +173,7 @@ def test_both_denoisers_see_the_same_noised_sample_and_neither_records_a_graph(
 def test_the_critic_is_never_guided() -> None:
     teacher, critic = Recorded(by_label()), Recorded(by_label())
     x = randn(3, *SHAPE)
-    DistributionMatching(teacher, critic, guidance=4.0)(x, labels(3), gen())
+    drawn(DistributionMatching(teacher, critic, guidance=4.0), x, labels(3), gen())
     assert len(teacher.calls[0].x_t) == 6
     assert critic.calls[0].condition["label"].tolist() == [0, 1, 2]
 
@@ -181,7 +181,7 @@ def test_the_critic_is_never_guided() -> None:
 def test_every_sample_draws_its_own_timestep_and_noise() -> None:
     teacher = Recorded(constant(0.0, SHAPE))
     x = torch.zeros(50, *SHAPE)
-    DistributionMatching(teacher, constant(0.0, SHAPE))(x, labels(50), gen())
+    drawn(DistributionMatching(teacher, constant(0.0, SHAPE)), x, labels(50), gen())
     (call,) = teacher.calls
     assert call.t.unique().numel() > 40
     eps = call.x_t / teacher.noise.sigma(call.t).view(-1, 1, 1, 1)
@@ -191,13 +191,14 @@ def test_every_sample_draws_its_own_timestep_and_noise() -> None:
 
 def test_distribution_matching_draws_timesteps_20_to_980_both_included() -> None:
     teacher = Recorded(constant(0.0))
-    DistributionMatching(teacher, constant(0.0))(torch.zeros(20000, 1, 1, 1), labels(20000), gen())
+    x = torch.zeros(20000, 1, 1, 1)
+    drawn(DistributionMatching(teacher, constant(0.0)), x, labels(20000), gen())
     assert teacher.calls[0].t.unique().tolist() == list(range(20, 981))
 
 
 def test_denoising_draws_timesteps_0_to_999_both_included() -> None:
     critic = Recorded(constant(0.0))
-    Denoising(critic)(torch.zeros(20000, 1, 1, 1), labels(20000), gen())
+    drawn(Denoising(critic), torch.zeros(20000, 1, 1, 1), labels(20000), gen())
     assert critic.calls[0].t.unique().tolist() == list(range(1000))
 
 
@@ -213,7 +214,7 @@ def gaussian_student_gradient(a: float, b: float, guidance: float = 1.0) -> tupl
     scale, shift = torch.tensor(a, requires_grad=True), torch.tensor(b, requires_grad=True)
     x = scale * randn(4096, 1, 1, 1) + shift
     matching = DistributionMatching(gaussian(0, 1), gaussian(b, abs(a)), guidance)
-    matching(x, labels(4096), gen(1)).backward()
+    drawn(matching, x, labels(4096), gen(1)).backward()
     assert scale.grad is not None
     assert shift.grad is not None
     return scale.grad.item(), shift.grad.item()
@@ -266,7 +267,8 @@ def test_a_value_that_is_not_finite_shows_in_the_loss(bad: float, who: str) -> N
     x = randn(4, *SHAPE)
     if who == "student":
         x[0, 0, 0, 0] = bad
-    assert not DistributionMatching(teacher, critic)(x, labels(4), gen()).isfinite()
+    matching = DistributionMatching(teacher, critic)
+    assert not drawn(matching, x, labels(4), gen()).isfinite()
 
 
 # The critic's loss, and the regression's
@@ -275,7 +277,7 @@ def test_a_value_that_is_not_finite_shows_in_the_loss(bad: float, who: str) -> N
 def test_the_denoising_loss_is_the_weighted_error_of_the_conditional_prediction() -> None:
     critic = Recorded(edm_mlp(SHAPE))
     x, t, eps = randn(4, *SHAPE), torch.tensor([0, 300, 700, 999]), randn(4, *SHAPE, seed=1)
-    loss = Denoising(critic).loss(x, labels(4), t, eps)
+    loss = Denoising(critic)(x, labels(4), t, eps)
     (call,) = critic.calls
     sigma = EDM().sigma(t).view(-1, 1, 1, 1)
     assert torch.equal(call.x_t, (x + sigma * eps).float())
@@ -289,7 +291,7 @@ def test_the_exact_denoiser_of_the_students_samples_has_the_least_denoising_loss
     condition = labels(len(x))
 
     def loss(m: float, s: float) -> float:
-        return Denoising(gaussian(m, s))(x, condition, gen(1)).item()
+        return drawn(Denoising(gaussian(m, s)), x, condition, gen(1)).item()
 
     exact = loss(0.3, 0.7)
     assert all(loss(m, s) > exact for m, s in [(0.4, 0.7), (0.2, 0.7), (0.3, 0.8), (0.3, 0.6)])
@@ -298,7 +300,7 @@ def test_the_exact_denoiser_of_the_students_samples_has_the_least_denoising_loss
 def test_denoising_sends_no_gradient_to_the_student() -> None:
     critic = edm_mlp(SHAPE)
     x = randn(4, *SHAPE).requires_grad_()
-    Denoising(critic)(x, labels(4), gen()).backward()
+    drawn(Denoising(critic), x, labels(4), gen()).backward()
     assert x.grad is None
     assert all(p.grad is not None for p in critic.module.parameters())
 
@@ -306,7 +308,7 @@ def test_denoising_sends_no_gradient_to_the_student() -> None:
 def test_distribution_matching_sends_gradient_to_the_samples_alone() -> None:
     teacher, critic = edm_mlp(SHAPE), edm_mlp(SHAPE, seed=1)
     x = randn(4, *SHAPE).requires_grad_()
-    DistributionMatching(teacher, critic)(x, labels(4), gen()).backward()
+    drawn(DistributionMatching(teacher, critic), x, labels(4), gen()).backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
     both = [*teacher.module.parameters(), *critic.module.parameters()]
@@ -367,7 +369,7 @@ def test_the_students_gradient_is_the_papers_in_float64(guidance: float) -> None
 
     x = student.predict_x0(80 * z, last, {"label": label})
     matching = DistributionMatching(teacher, critic, guidance)
-    matching(x, {"label": label}, gen(3)).backward()
+    drawn(matching, x, {"label": label}, gen(3)).backward()
 
     source = gen(3)
     t = torch.randint(20, 981, (batch,), generator=source)
@@ -397,7 +399,7 @@ def test_the_critics_gradient_is_the_papers_in_float64() -> None:
     label, z = torch.arange(batch) % 10, randn(batch, 1, 8, 8)
     with torch.no_grad():
         x = student.predict_x0(80 * z, torch.full((batch,), 999), {"label": label})
-    Denoising(critic)(x, {"label": label}, gen(3)).backward()
+    drawn(Denoising(critic), x, {"label": label}, gen(3)).backward()
 
     source = gen(3)
     t = torch.randint(0, 1000, (batch,), generator=source)

@@ -16,8 +16,8 @@ from unit.tiny import recipe
 
 from dmd_train import networks
 from dmd_train.errors import UserError
-from dmd_train.networks.digits import digits_network
 from dmd_train.known_recipes import DMD2_LICENSE, PRESETS
+from dmd_train.networks.digits import digits_network
 from dmd_train.recipe import RECIPE_KEY
 from dmd_train.recognise import Found, recognise
 from dmd_train.student import write_student

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from unit.tiny import RawMLP, Recorded, config, edm_mlp, labels, recipe
+from unit.tiny import RawMLP, Recorded, config, edm_mlp, labels, pairs_of, recipe
 
 from dmd_train.conditions import Classes
 from dmd_train.distil import Distillation
 from dmd_train.learner import Learner, StudentEMA
 from dmd_train.network import Condition
 from dmd_train.pairs import Pairs
-from dmd_train.roles import Role, Roles, three_networks
+from dmd_train.processes import Processes
+from dmd_train.roles import Role, three_networks
 
+CPU = torch.device("cpu")
 SHAPE = (2, 3, 2)
 BATCH = 8
 
@@ -27,7 +29,7 @@ def distillation(**settings: Any) -> Distillation:
 
 def some_pairs() -> Pairs:
     noise = torch.randn(2, 10, *SHAPE, generator=torch.Generator().manual_seed(7))
-    return Pairs(noise[0], noise[1], labels(10))
+    return pairs_of(noise[0], noise[1], torch.arange(10) % 3)
 
 
 def weights(role: Role) -> list[Tensor]:
@@ -38,45 +40,41 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-class Watched:
-    """A learner; notes after each update which roles changed and which received gradients."""
+def watch(state: Distillation) -> list[tuple[set[str], set[str]]]:
+    """For each update: the roles that changed since the one before, and those with gradients."""
+    roles = {name: getattr(state.roles, name) for name in ("teacher", "critic", "student")}
+    last = {name: weights(role) for name, role in roles.items()}
+    log: list[tuple[set[str], set[str]]] = []
 
-    def __init__(self, learner: Learner, roles: Roles, log: list[tuple[set[str], set[str]]]):
-        self.learner, self.roles, self.log = learner, roles, log
-
-    def update(self, loss: Tensor, step: int) -> Tensor:
-        roles = {name: getattr(self.roles, name) for name in ("teacher", "critic", "student")}
-        before = {name: weights(role) for name, role in roles.items()}
-        for role in roles.values():
-            role.network.module.zero_grad(set_to_none=True)
-        norm = self.learner.update(loss, step)
-        changed = {name for name, role in roles.items() if not same(before[name], weights(role))}
+    def note(*_: object) -> None:
+        now = {name: weights(role) for name, role in roles.items()}
+        changed = {name for name in roles if not same(last[name], now[name])}
         gradients = {
             name
             for name, role in roles.items()
             if any(p.grad is not None for p in role.network.module.parameters())
         }
-        self.log.append((changed, gradients))
-        return norm
+        last.update(now)
+        log.append((changed, gradients))
 
-
-def watch(state: Distillation) -> list[tuple[set[str], set[str]]]:
-    log: list[tuple[set[str], set[str]]] = []
-    state.student = Watched(state.student, state.roles, log)  # type: ignore[assignment]
-    state.critic = Watched(state.critic, state.roles, log)  # type: ignore[assignment]
+    for learner in (state.student, state.critic):
+        learner.optimizer.register_step_post_hook(note)
     return log
 
 
 class Seen:
-    """An objective; notes the samples it was given."""
+    """An objective; notes what it was given."""
 
     def __init__(self, objective: Any) -> None:
-        self.objective, self.x, self.condition = objective, list[Tensor](), list[Tensor]()
+        self.objective, self.draw = objective, objective.draw
+        self.x, self.condition = list[Tensor](), list[Tensor]()
+        self.drawn = list[tuple[Tensor, Tensor]]()
 
-    def __call__(self, x: Tensor, condition: Condition, gen: torch.Generator) -> Tensor:
+    def __call__(self, x: Tensor, condition: Condition, t: Tensor, eps: Tensor) -> Tensor:
         self.x.append(x.detach().clone())
         self.condition.append(condition["label"])
-        return self.objective(x, condition, gen)
+        self.drawn.append((t, eps))
+        return self.objective(x, condition, t, eps)
 
 
 # Roles
@@ -113,7 +111,8 @@ def test_dropout_is_off_in_all_roles_even_where_the_teacher_came_in_training_mod
         once, again = (role.network.predict_x0(x, t, labels(64)) for _ in range(2))
         assert torch.equal(once, again)
         assert not any(module.training for module in role.network.module.modules())
-    assert not any(module.training for module in state.averaged_student().module.modules())
+    with state.ema.swapped_in():
+        assert not any(module.training for module in roles.student.network.module.modules())
 
 
 # One iteration
@@ -180,12 +179,12 @@ def test_the_further_critic_updates_use_fresh_samples_of_the_updated_student() -
     state.denoising = critic = Seen(state.denoising)
     state.iteration(0, some_pairs())
     _, second, third = critic.x
-    inputs = [call.x_t for call in network.calls[1:]]
+    inputs = [call.x_t for call in network.calls[2:]]
     assert not torch.equal(inputs[0], inputs[1])
     for x, z, label in zip((second, third), inputs, critic.condition[1:], strict=True):
         now = network.network.predict_x0(z, torch.full((BATCH,), 999), {"label": label})
         assert torch.equal(x, now)
-    assert [call.grad for call in network.calls] == [True, False, False]
+    assert [call.grad for call in network.calls] == [True, True, False, False]
 
 
 def test_the_students_samples_are_the_recipes_one_step_from_scaled_noise() -> None:
@@ -209,28 +208,66 @@ def test_the_pairs_of_an_update_are_a_batch_of_their_own_size() -> None:
     pairs = some_pairs()
     state.iteration(0, pairs)
     ((x_ref, y_ref),) = seen
-    rows = [int((pairs.image == image).flatten(1).all(dim=1).nonzero()) for image in y_ref]
+    whole = pairs.take(torch.arange(len(pairs)), CPU)
+    rows = [int((whole.image == image).flatten(1).all(dim=1).nonzero()) for image in y_ref]
     assert len(rows) == 5
-    label = {"label": pairs.condition["label"][rows]}
-    expected = before.predict_x0(80 * pairs.noise[rows], torch.full((5,), 999), label)
+    label = {"label": labels(10)["label"][rows]}
+    expected = before.predict_x0(80 * whole.noise[rows], torch.full((5,), 999), label)
     torch.testing.assert_close(x_ref, expected.detach())
 
 
-def test_the_students_loss_is_distribution_matching_plus_weighted_regression() -> None:
+def test_the_student_follows_distribution_matching_plus_the_weighted_regression() -> None:
+    state = distillation(regression_weight=0.25, guidance=2.0, critic_updates=1, clip_norm=1e9)
+    network = Recorded(state.roles.student.network)
+    state.roles = replace(state.roles, student=replace(state.roles.student, network=network))
+    state.distribution_matching = matching = Seen(state.distribution_matching)
+    parameters, pairs = list(state.student.parameters.values()), some_pairs()
     losses: list[float] = []
 
-    class Kept(Watched):
-        def update(self, loss: Tensor, step: int) -> Tensor:
-            losses.append(loss.item())
-            return super().update(loss, step)
+    def check(*_: object) -> None:
+        """Once more as one sum, before anything is updated."""
+        x, x_ref = (network.network.predict_x0(c.x_t, c.t, c.condition) for c in network.calls)
+        whole = pairs.take(torch.arange(len(pairs)), CPU)
+        scaled = 80 * whole.noise
+        rows = [int((scaled == z).flatten(1).all(dim=1).nonzero()) for z in network.calls[1].x_t]
+        loss = matching.objective(x, network.calls[0].condition, *matching.drawn[0])
+        loss = loss + 0.25 * (x_ref - whole.image[rows]).square().mean()
+        losses.append(loss.item())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters), strict=True
+        ):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+            assert gradient.abs().max() > 1e-5
 
-    state = distillation(regression_weight=0.25, guidance=2.0, critic_updates=1)
-    state.student = Kept(state.student, state.roles, [])  # type: ignore[assignment]
-    values = state.iteration(0, some_pairs())
-    matching, regression = values["student/distribution_matching"], values["student/regression"]
-    assert matching > 0
+    state.student.optimizer.register_step_pre_hook(check)
+    values = state.iteration(0, pairs)
+    matched, regression = values["student/distribution_matching"], values["student/regression"]
+    assert matched > 0
     assert regression > 0
-    assert losses == [pytest.approx((matching + 0.25 * regression).item(), rel=1e-6)]
+    assert losses == [pytest.approx((matched + 0.25 * regression).item(), rel=1e-6)]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_change_neither_the_gradients_nor_the_values_reported(size: int) -> None:
+    def run(micro_batch: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        state = distillation(micro_batch_size=micro_batch, guidance=2.0, critic_updates=2)
+        gradients: list[Tensor] = []
+        for learner in (state.student, state.critic):
+            parameters = list(learner.parameters.values())
+            learner.optimizer.register_step_pre_hook(
+                lambda *_, parameters=parameters: gradients.extend(
+                    p.grad.clone() for p in parameters
+                )
+            )
+        return gradients, state.iteration(0, some_pairs())
+
+    (whole, values), (parts, same_values) = run(0), run(size)
+    assert len(whole) == 3 * 7
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6 * float(one.abs().max()) + 1e-9)
+    assert values.keys() == same_values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(same_values[name], value, rtol=1e-4, atol=0, msg=name)
 
 
 # How a role learns
@@ -238,7 +275,7 @@ def test_the_students_loss_is_distribution_matching_plus_weighted_regression() -
 
 def learner(**settings: Any) -> tuple[Learner, Role]:
     role = three_networks(edm_mlp(SHAPE)).student
-    return Learner(role, config(**settings)), role
+    return Learner(role, config(**settings), Processes(CPU)), role
 
 
 def loss_of(role: Role, scale: float) -> Tensor:
@@ -246,31 +283,54 @@ def loss_of(role: Role, scale: float) -> Tensor:
     return scale * role.network.predict_x0(x, torch.full((4,), 900), labels(4)).square().mean()
 
 
-def gradient_norm(role: Role) -> float:
-    return nn.utils.get_total_norm([p.grad for p in role.parameters.values()]).item()
+def update(trained: Learner, loss: Tensor, step: int = 0) -> tuple[float, float]:
+    """The gradient's norm that an update on `loss` reports, and the one that it follows."""
+    followed: list[Tensor] = []
+
+    def note(*_: object) -> None:
+        followed.append(nn.utils.get_total_norm([p.grad for p in trained.parameters.values()]))
+
+    hook = trained.optimizer.register_step_pre_hook(note)
+    loss.backward()
+    reported = trained.update(step)
+    hook.remove()
+    (norm,) = followed
+    return reported.item(), norm.item()
 
 
 def test_a_large_gradient_is_cut_to_norm_ten_and_its_true_norm_reported() -> None:
     trained, role = learner()
-    small = trained.update(loss_of(role, 1.0), 0).item()
+    small, _ = update(trained, loss_of(role, 1.0))
     trained, role = learner()
-    true = trained.update(loss_of(role, 1e5), 0).item()
+    true, followed = update(trained, loss_of(role, 1e5))
     assert true == pytest.approx(1e5 * small, rel=1e-4)
     assert true > 100
-    assert gradient_norm(role) == pytest.approx(10, rel=1e-4)
+    assert followed == pytest.approx(10, rel=1e-4)
 
 
 def test_a_small_gradient_is_left_as_it_is() -> None:
     trained, role = learner()
-    norm = trained.update(loss_of(role, 1e-2), 0).item()
+    norm, followed = update(trained, loss_of(role, 1e-2))
     assert norm < 10
-    assert gradient_norm(role) == pytest.approx(norm, rel=1e-6)
+    assert followed == pytest.approx(norm, rel=1e-6)
 
 
 def test_gradients_of_one_update_do_not_leak_into_the_next() -> None:
     trained, role = learner(learning_rate=1e-9)
-    norms = [trained.update(loss_of(role, 1.0), step).item() for step in range(3)]
+    norms = []
+    for step in range(3):
+        norms.append(update(trained, loss_of(role, 1.0), step)[0])
+        assert all(p.grad is None for p in role.parameters.values())
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_gradients_until_an_update_add_up() -> None:
+    trained, role = learner()
+    once, _ = update(trained, loss_of(role, 3.0))
+    trained, role = learner()
+    for _ in range(2):
+        loss_of(role, 1.0).backward()
+    assert update(trained, loss_of(role, 1.0))[0] == pytest.approx(once, rel=1e-5)
 
 
 def test_the_learning_rate_warms_up_linearly_then_stays() -> None:
@@ -296,7 +356,7 @@ def test_the_optimiser_moves_by_the_learning_rate_of_the_step_it_is_told() -> No
     """Adam's first update is lr times the gradient's sign."""
     trained, role = learner(learning_rate=1e-3, warmup_steps=10, weight_decay=0)
     before = role.parameters["leave.bias"].detach().clone()
-    trained.update(loss_of(role, 1.0), step=4)
+    update(trained, loss_of(role, 1.0), step=4)
     moved = (role.parameters["leave.bias"].detach() - before).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.5e-3), rtol=1e-3, atol=0)
 
@@ -319,13 +379,13 @@ def test_a_decay_of_zero_is_the_student_itself() -> None:
     state = distillation(ema_decay=0.0, learning_rate=0.01)
     for step in range(3):
         state.iteration(step, some_pairs())
-    averaged = list(state.averaged_student().module.state_dict().values())
-    assert same(averaged, weights(state.roles.student))
+    student = weights(state.roles.student)
+    with state.ema.swapped_in():
+        assert same(weights(state.roles.student), student)
+    assert same(weights(state.roles.student), student)
 
 
-def test_the_averaged_student_is_the_average_over_all_updates_and_leaves_the_student_alone() -> (
-    None
-):
+def test_the_average_is_over_all_updates_and_is_the_student_while_it_is_swapped_in() -> None:
     state = distillation(ema_decay=0.9, learning_rate=0.01)
     expected = weights(state.roles.student)
     for step in range(5):
@@ -334,11 +394,30 @@ def test_the_averaged_student_is_the_average_over_all_updates_and_leaves_the_stu
         now = weights(state.roles.student)
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
     before = weights(state.roles.student)
-    averaged = state.averaged_student().module.state_dict().values()
+    with state.ema.swapped_in():
+        averaged = weights(state.roles.student)
     for one, other in zip(averaged, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert same(before, weights(state.roles.student))
-    assert not same(list(averaged), before)
+    assert not same(averaged, before)
+
+
+def test_swapping_the_average_in_and_out_changes_nothing_that_is_kept_or_learned() -> None:
+    """Not even where what is done inside fails."""
+    state, undisturbed = distillation(ema_decay=0.9), distillation(ema_decay=0.9)
+    for step in range(4):
+        for one in (state, undisturbed):
+            one.iteration(step, some_pairs())
+        moments = [value.clone() for value in state.student.tensors().values()]
+        with pytest.raises(ZeroDivisionError), state.ema.swapped_in():
+            inside = [v for k, v in state.student.tensors().items() if "@" in k]
+            outside = [v for k, v in undisturbed.student.tensors().items() if "@" in k]
+            assert inside
+            assert same(inside, outside)
+            _ = 1 / 0
+        assert same(moments, list(state.student.tensors().values()))
+    assert state.tensors().keys() == undisturbed.tensors().keys()
+    assert same(list(state.tensors().values()), list(undisturbed.tensors().values()))
 
 
 def test_an_update_of_the_average_does_not_touch_the_student() -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 from unit.tiny import Recorded, config, edm_mlp, gaussian, labels, recipe
 
 from dmd_train.conditions import Classes
+from dmd_train.errors import UserError
 from dmd_train.noise import EDM, VP, Flow, Noise
-from dmd_train.pairs import load_pairs, make_pairs
+from dmd_train.pairs import Pairs, make_pairs
+from dmd_train.processes import Processes
 from dmd_train.sample import draw, sample_heun, sample_student, step_noise
+from dmd_train.shards import Shards
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
@@ -73,10 +76,24 @@ def test_one_step_lets_the_gradient_through_to_the_student() -> None:
     assert all(p.grad is not None for p in student.module.parameters())
 
 
-def test_image_i_is_the_same_picture_in_a_batch_of_any_size() -> None:
-    for large, small in zip(noises(2, batch=7), noises(2, batch=3), strict=True):
-        assert torch.equal(large[:3], small)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 20), (4, 64, 64)])
+def test_image_i_is_the_same_picture_in_a_batch_of_any_size(shape: tuple[int, int, int]) -> None:
+    """Of 16 values or a multiple: torch fills in blocks of 16, and the last block differently."""
+    large, small, one = (step_noise(shape, count, 0, 2, CPU) for count in (7, 3, 1))
+    for step in range(2):
+        assert torch.equal(large[step][:3], small[step])
+        assert torch.equal(small[step][:1], one[step])
+        assert large[step].flatten(1).unique(dim=0).shape[0] == 7
     assert torch.equal(noises(1)[0], noises(4)[0])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
+def test_the_first_noise_is_what_comfyui_draws_for_this_seed(seed: int) -> None:
+    """As comfy.sample.prepare_noise does."""
+    with torch.random.fork_rng():
+        gen = torch.manual_seed(seed)
+        latent = torch.randn([3, 4, 8, 8], dtype=torch.float32, generator=gen, device="cpu")
+    assert torch.equal(step_noise((4, 8, 8), 3, seed, 4, CPU)[0], latent)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 18])
@@ -147,34 +164,76 @@ def test_a_teacher_is_drawn_by_heun_and_a_student_by_its_recipe() -> None:
     assert torch.equal(draw(network, None, noise, labels(6)), heun)
 
 
-def pairs_file(folder: Path, name: str, seed: int = 0, guidance: float = 1.0) -> Path:
+def pairs_folder(folder: Path, name: str, seed: int = 0, guidance: float = 1.0) -> Path:
     settings = config(pairs=20, pair_steps=4, seed=seed, guidance=guidance)
     path = folder / name
-    made = list(make_pairs(path, edm_mlp(SHAPE), Classes(3), settings))
+    made = list(make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, "tiny", Processes(CPU)))
     assert made[-1] == 20
     return path
 
 
-def test_pairs_of_one_seed_are_the_same_file_and_of_another_seed_another(tmp_path: Path) -> None:
-    first, again, other = (pairs_file(tmp_path, n, s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
-    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+def whole(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, noise and images of all pairs."""
+    batch = pairs.take(torch.arange(len(pairs)), CPU)
+    return batch.row, batch.noise, batch.image
+
+
+def test_pairs_of_one_seed_are_the_same_files_and_of_another_seed_others(tmp_path: Path) -> None:
+    first, again, other = (
+        {file.name: file.read_bytes() for file in pairs_folder(tmp_path, name, seed).iterdir()}
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == again
+    assert first.keys() == other.keys()
+    assert all(first[name] != other[name] for name in first)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_image_of_a_pair_is_deterministic_heun_from_its_own_noise(
+def test_the_image_of_a_pair_is_deterministic_heun_from_its_own_noise_in_half_precision(
     tmp_path: Path, guidance: float
 ) -> None:
-    pairs = load_pairs(pairs_file(tmp_path, "pairs", guidance=guidance), CPU)
-    assert pairs.noise.shape == pairs.image.shape == (20, *SHAPE)
-    assert pairs.noise.flatten(1).unique(dim=0).shape[0] == 20
-    image = sample_heun(edm_mlp(SHAPE), pairs.noise, pairs.condition, 4, guidance)
-    assert torch.equal(pairs.image, image)
+    row, noise, image = whole(Pairs(Shards(pairs_folder(tmp_path, "pairs", guidance=guidance))))
+    assert noise.shape == image.shape == (20, *SHAPE)
+    assert noise.dtype == image.dtype == torch.float32
+    assert noise.flatten(1).unique(dim=0).shape[0] == 20
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert row.unique().tolist() == [0, 1, 2]
+    for z, label, y in zip(noise.split(5), row.split(5), image.split(5), strict=True):
+        exact = sample_heun(edm_mlp(SHAPE), z, {"label": label}, 4, guidance)
+        assert torch.equal(y, exact.half().float())
 
 
 def test_a_batch_of_pairs_keeps_noise_image_and_condition_together(tmp_path: Path) -> None:
-    pairs = load_pairs(pairs_file(tmp_path, "pairs"), CPU)
-    batch = pairs.batch(50, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        batch.image, sample_heun(edm_mlp(SHAPE), batch.noise, batch.condition, 4)
-    )
+    pairs = Pairs(Shards(pairs_folder(tmp_path, "pairs")))
+    numbers = pairs.draw(50, torch.Generator().manual_seed(0))
+    batch = pairs.take(numbers, CPU)
+    condition = Classes(3).take(batch.row, CPU)
+    exact = sample_heun(edm_mlp(SHAPE), batch.noise, condition, 4)
+    # rtol: half a unit in the last place of float16
+    torch.testing.assert_close(batch.image, exact, rtol=2**-11, atol=1e-5)
     assert batch.noise.flatten(1).unique(dim=0).shape[0] > 10
+
+
+def test_a_pair_is_the_same_whatever_it_is_made_together_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 4 in batches of 3, and one of 20 in batches of 5; the first 9 and all 20."""
+    row, noise, image = whole(Pairs(Shards(pairs_folder(tmp_path, "pairs"))))
+    monkeypatch.setattr("dmd_train.pairs.BYTES", 1)
+    settings = config(pairs=9, pair_steps=4, pair_batch_size=3)
+    path = tmp_path / "few"
+    list(make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, "tiny", Processes(CPU)))
+    assert len(list(path.iterdir())) == 3
+    few_rows, few_noise, few_image = whole(Pairs(Shards(path)))
+    assert torch.equal(few_rows, row[:9])
+    assert torch.equal(few_noise, noise[:9])
+    torch.testing.assert_close(few_image, image[:9], rtol=2**-10, atol=1e-5)
+
+
+def test_pairs_by_another_teacher_or_another_sampling_are_not_mixed_in(tmp_path: Path) -> None:
+    path = pairs_folder(tmp_path, "pairs")
+    for origin, steps in (("other teacher", 4), ("tiny", 5)):
+        settings = config(pairs=20, pair_steps=steps)
+        made = make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, origin, Processes(CPU))
+        with pytest.raises(UserError, match="made by another teacher"):
+            list(made)

@@ -11,7 +11,10 @@ from dmd_train.config import Config, make_config
 from dmd_train.network import Condition, Network
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.noise import EDM, Noise, per_sample
+from dmd_train.objectives import Denoising, DistributionMatching
+from dmd_train.pairs import Pairs
 from dmd_train.recipe import Recipe
+from dmd_train.shards import Shards
 
 
 class Bare(Network):
@@ -136,11 +139,36 @@ def labels(batch: int, classes: int = 3) -> Condition:
     return {"label": torch.arange(batch) % classes}
 
 
+def drawn(
+    objective: DistributionMatching | Denoising,
+    x: Tensor,
+    condition: Condition,
+    gen: torch.Generator,
+) -> Tensor:
+    """The loss, at timesteps and noise that the objective itself draws."""
+    return objective(x, condition, *objective.draw(x.shape, gen))
+
+
+class InMemory(Shards):
+    """Rows that were never on disk, in the dtype that they have."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self.parts = [columns]
+        self.ends = torch.tensor([len(next(iter(columns.values())))])
+
+
+def pairs_of(noise: Tensor, image: Tensor, row: Tensor) -> Pairs:
+    """noise, image: (N, C, H, W); row: (N,) of the conditions."""
+    seed = torch.arange(len(noise))
+    return Pairs(InMemory(seed=seed, row=row, noise=noise, image=image))
+
+
 def config(**values: Any) -> Config:
     """A run of a few small steps, whatever the presets say."""
     few = {
         "teacher": "tiny",
         "output": "unused",
+        "training": "full",
         "steps": 20,
         "batch_size": 8,
         "learning_rate": 5e-4,

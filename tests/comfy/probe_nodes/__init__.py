@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,6 +41,50 @@ class Conditioning:
     def make(self, seed: int, width: int, pooled_width: int) -> tuple[list[Any]]:
         extra = {"pooled_output": pooled_condition(seed, pooled_width)} if pooled_width else {}
         return ([[condition(seed, width), extra]],)
+
+
+class LoadConditioning:
+    """Read a text encoder's output, {"text", "pooled" for SDXL}, from input/NAME.safetensors."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"name": ("STRING", {"default": "condition"})}}
+
+    def load(self, name: str) -> tuple[list[Any]]:
+        from folder_paths import get_input_directory
+
+        whole = load_file(_inside(get_input_directory(), name))
+        extra = {"pooled_output": whole["pooled"]} if "pooled" in whole else {}
+        return ([[whole["text"], extra]],)
+
+
+class SaveConditioning:
+    """Write a condition's text as float32 to output/NAME.safetensors, under the key `text`."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "conditioning": ("CONDITIONING",),
+                "name": ("STRING", {"default": "condition"}),
+            }
+        }
+
+    def save(self, conditioning: list[Any], name: str) -> dict[str, Any]:
+        from folder_paths import get_output_directory
+
+        ((text, _),) = conditioning
+        save_file({"text": text.float().contiguous()}, _inside(get_output_directory(), name))
+        return {}
 
 
 class SaveLatent:
@@ -171,6 +216,27 @@ class Sigmas:
         return {"ui": {"sigmas": sigmas.tolist()}}
 
 
+class UnetNames:
+    """ComfyUI's own table of a UNet of these shapes: diffusers' name of a weight -> LDM's."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"shapes": ("STRING", {"default": "{}"})}}
+
+    def tell(self, shapes: str) -> dict[str, Any]:
+        from comfy.model_detection import model_config_from_unet
+        from comfy.utils import unet_to_diffusers
+
+        state = {k: torch.empty(shape, device="meta") for k, shape in json.loads(shapes).items()}
+        config = model_config_from_unet(state, "model.diffusion_model.").unet_config
+        return {"ui": {"names": [unet_to_diffusers(config)]}}
+
+
 class Anything(str):
     """A type that validation takes for any other, as many packs have one."""
 
@@ -203,11 +269,14 @@ def _inside(folder: str, name: str) -> Path:
 
 NODE_CLASS_MAPPINGS = {
     "Probe_Conditioning": Conditioning,
+    "Probe_LoadConditioning": LoadConditioning,
+    "Probe_SaveConditioning": SaveConditioning,
     "Probe_SaveLatent": SaveLatent,
     "Probe_LoadLatent": LoadLatent,
     "Probe_StepNoise": StepNoise,
     "Probe_Watch": Watch,
     "Probe_Calls": Calls,
     "Probe_Sigmas": Sigmas,
+    "Probe_UnetNames": UnetNames,
     "Probe_Any": Any_,
 }
