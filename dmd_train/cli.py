@@ -153,7 +153,7 @@ def export_(
         Form, typer.Option("--as", help="lora; unet, with a LoRA merged; checkpoint, all in one.")
     ],
     dtype: Annotated[
-        Literal["fp16", "bf16", "fp32"], typer.Option(help="Of the weights.")
+        Literal["fp16", "bf16", "fp32"], typer.Option(help="Of the student's weights.")
     ] = "fp16",
     out: Annotated[Path | None, typer.Option(help="Else RUN/student-FORM.safetensors.")] = None,
 ) -> None:

@@ -43,6 +43,11 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
         raise UserError(
             f"{run}: a {network.family} student is whole already: {run}/student.safetensors"
         )
+    if form == "unet" and (network.family, network.prediction) == ("sdxl", "v"):
+        raise UserError(
+            f"{run}: ComfyUI would take a lone SDXL UNet for an eps model, and this predicts v. "
+            "Use --as checkpoint or --as lora."
+        )
     weights = _student_weights(newest.tensors)
     student: Network = network
     if config.training == "full":

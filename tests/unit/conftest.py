@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from unit.sd_files import Tiny, pipelines, single_files
 
 from dmd_train import cli
 
@@ -72,3 +73,15 @@ def write_run() -> WriteRun:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny Stable Diffusion file by name; not to be changed."""
+    return single_files(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny: Tiny) -> Tiny:
+    """The same as a diffusers folder."""
+    return pipelines(tiny)

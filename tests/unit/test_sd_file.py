@@ -1,6 +1,5 @@
 """Stable Diffusion from one file or a folder: the same parts that other code makes of it."""
 
-import gzip
 import json
 import re
 import shutil
@@ -15,18 +14,14 @@ from checkpoints import (
     UNET,
     _ldm_names,
     as_diffusers_unet,
-    as_transformers_clip,
-    tiny_sd2_eps,
-    tiny_sd2_v,
-    tiny_sd15,
-    tiny_sdxl,
 )
 from clip_layout import PARTS, clip_shapes
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from unit.publishers import FOREIGN, diffusers_unet, kohya_lora
+from unit.sd_files import TINY, Tiny, write_scheduler
 from unit.tiny import recipe
 
 from dmd_train.errors import UserError
@@ -34,12 +29,6 @@ from dmd_train.networks import sd_layout, text
 from dmd_train.networks.sd_file import open_sd
 from dmd_train.recipe import RECIPE_KEY
 
-TINY: dict[str, Callable[..., None]] = {
-    "sd15": tiny_sd15,
-    "sd2-eps": tiny_sd2_eps,
-    "sd2-v": tiny_sd2_v,
-    "sdxl": tiny_sdxl,
-}
 OPENED = {
     "sd15": ("sd1", "eps", 512, 0.18215),
     "sd2-eps": ("sd2", "eps", 512, 0.18215),
@@ -48,59 +37,7 @@ OPENED = {
 }
 WITH_CLIP = ("sd15", "sd2-eps", "sdxl")
 PROMPTS = ["A photo of a cat, 8k", "", "word " * 100]
-Tiny = Callable[[str], Path]
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """The tiny file of this name, made when it is first asked for."""
-    folder = tmp_path_factory.mktemp("sd")
-
-    def made(name: str) -> Path:
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            TINY[name](path, clip=name in WITH_CLIP)
-        return path
-
-    return made
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny: Tiny) -> Tiny:
-    """The same weights as a diffusers folder, written by diffusers and transformers."""
-
-    def made(name: str) -> Path:
-        file = tiny(name)
-        folder = file.with_suffix("")
-        if folder.exists():
-            return folder
-        as_diffusers_unet(file).half().save_pretrained(folder / "unet")
-        AutoencoderTiny().save_pretrained(folder / "vae")
-        for suffix, model in zip(("", "_2"), as_transformers_clip(file), strict=False):
-            model.half().save_pretrained(folder / f"text_encoder{suffix}")
-            openclip = name == "sd2-eps" or suffix
-            write_tokenizer(folder / f"tokenizer{suffix}", pad="!" if openclip else text.END)
-        scheduler(folder)
-        (folder / "model_index.json").write_text("{}")
-        return folder
-
-    return made
-
-
-def scheduler(folder: Path, **settings: Any) -> None:
-    usual = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    DDIMScheduler(**(usual | settings)).save_pretrained(folder / "scheduler")
-
-
-def write_tokenizer(folder: Path, pad: str) -> None:
-    """As in Stability's and RunwayML's folders."""
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(text.vocabulary()))
-    (folder / "merges.txt").write_bytes(gzip.decompress(text.MERGES.read_bytes()))
-    names = {"bos_token": text.START, "eos_token": text.END, "unk_token": text.END}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
 
 
 def refused(path: Path, read: Callable[[Path], Any] = open_sd) -> str:
@@ -497,9 +434,9 @@ def test_half_precision_bin_and_sharded_weights_are_found(folder: Path) -> None:
 def test_a_folder_of_another_noise_schedule_is_refused(
     settings: dict[str, Any], words: str, folder: Path
 ) -> None:
-    scheduler(folder, prediction_type="v_prediction")
+    write_scheduler(folder, prediction_type="v_prediction")
     assert open_sd(folder).prediction == "v"
-    scheduler(folder, **settings)
+    write_scheduler(folder, **settings)
     assert words in refused(folder)
 
 

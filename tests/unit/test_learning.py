@@ -1,0 +1,130 @@
+"""Learning is real: text-conditional students of a teacher that has learned something.
+
+The teacher draws coloured digits and shapes in latents (tests/assets, trained by the script there).
+A student is trained by the command line and then held against the teacher's guided samples.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from unit.conftest import Command
+
+from dmd_train import networks
+from dmd_train.metrics import frechet_distance
+from dmd_train.network import Condition
+from dmd_train.networks import Loaded
+from dmd_train.recipe import Recipe
+from dmd_train.sample import sample_student, sample_teacher
+from dmd_train.seeding import generator, randn
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TEACHER = ASSETS / "coloured-digits"
+CPU = torch.device("cpu")
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+THINGS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("circle", "square", "triangle", "cross"),
+)
+PROMPTS = [
+    f"a {colour} {thing} on {ground}"
+    for colour in COLOURS
+    for thing in THINGS
+    for ground in COLOURS
+    if ground != colour
+]
+SAMPLES = 1024
+GUIDANCE = 1.5
+RUN = {
+    "teacher": str(TEACHER),
+    "prompts": "prompts.txt",
+    "steps": 100,
+    "batch_size": 32,
+    "micro_batch_size": 0,
+    "critic_updates": 4,
+    "guidance": GUIDANCE,
+    "conditioning_timestep": 399,
+    "warmup_steps": 0,
+    "schedule": "cosine",
+    "ema_decay": 0.95,
+    "gradient_checkpointing": False,
+    "pair_sampler": "dpmpp-2m",
+    "pair_steps": 12,
+    "sample_every": 100,
+    "checkpoint_every": 100,
+}
+WAYS = {
+    "lora": {
+        "preset": "sd15-one-step-lora",
+        "learning_rate": 3e-3,
+        "lora_rank": 32,
+        "lora_alpha": 32,
+    },
+    "full": {"preset": "sd15-one-step-full", "learning_rate": 5e-4},
+}
+
+
+class Held(NamedTuple):
+    """Noise, conditions, and the guided teacher's samples: (N, 4, 8, 8)."""
+
+    z: Tensor
+    condition: Condition
+    image: Tensor
+
+
+def in_parts(draw: Callable[[Tensor, Condition], Tensor], z: Tensor, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = zip(z.split(128), text.split(128), strict=True)
+        return torch.cat([draw(noise, {"text": part}) for noise, part in parts])
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Loaded:
+    return networks.load(str(TEACHER), CPU)
+
+
+@pytest.fixture(scope="module")
+def held(teacher: Loaded) -> Held:
+    assert teacher.text
+    gen = generator(CPU, 0, "held")
+    chosen = torch.randint(len(PROMPTS), (SAMPLES,), generator=gen).tolist()
+    condition = teacher.text.encode([PROMPTS[i] for i in chosen])
+    z = randn((SAMPLES, *teacher.network.shape), gen)
+    image = in_parts(
+        lambda z, c: sample_teacher(teacher.network, z, c, "dpmpp-2m", 12, GUIDANCE),
+        z,
+        condition["text"],
+    )
+    return Held(z, condition, image)
+
+
+def distance(student: Loaded, recipe: Recipe, held: Held) -> float:
+    """Frechet, in the 256 values of a latent."""
+    images = in_parts(
+        lambda z, c: sample_student(student.network, recipe, c, [z]),
+        held.z,
+        held.condition["text"],
+    )
+    return frechet_distance(images, held.image)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hundred_steps_cut_the_distance_to_the_guided_teacher_tenfold(
+    way: str, teacher: Loaded, held: Held, dmd: Command, tmp_path: Path
+) -> None:
+    """Measured: see benchmarks/README.md."""
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    Path("run.yaml").write_text(yaml.safe_dump(RUN | WAYS[way] | {"output": "run"}))
+    done = dmd("train", "run.yaml")
+    assert done.code == 0, done.err
+    student = networks.load("run/student.safetensors", CPU)
+    assert student.recipe
+    before = distance(teacher, student.recipe, held)
+    after = distance(student, student.recipe, held)
+    print(f"{way}: {before:.2f} -> {after:.2f}", file=sys.stderr)
+    assert after < before / 10
