@@ -29,14 +29,13 @@ from .networks import Loaded
 from .networks.edm import EDMNetwork
 from .networks.stable_diffusion import StableDiffusion
 from .objectives import Regression
-from .prepare import make_conditions, make_run_pairs, regression_distance
+from .prepare import make_conditions, make_run_pairs, regression_distance, require_possible
 from .presets import PRESETS
 from .processes import Processes
 from .report import SampleSheet, grid, picture, save_curves, save_picture
 from .sample import draw, step_noise
 from .student import one_step_recipe
 from .terminal import STOPPED, StopRequest, bar, console, watch
-from .trackers import require_trackers
 
 app = typer.Typer(
     add_completion=False,
@@ -89,7 +88,8 @@ def train(
     config = load_config(run_yaml, set_ or [])
     with _opened(config) as (run, processes):
         if run.finished:
-            console.print(f"{run.path}: finished before, at step {config.steps}: {run.student}")
+            said = f"{run.path}: finished before, at step {config.steps}: {run.student}"
+            console.print(said, soft_wrap=True)
             return
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         _train(
@@ -97,7 +97,7 @@ def train(
             processes,
             shlex.join(again + [part for value in set_ or [] for part in ("--set", value)]),
         )
-        console.print(f"{run.path}: finished. Next:")
+        console.print(f"{run.path}: finished. Next:", soft_wrap=True)
         console.print(_next_command(run), soft_wrap=True)
 
 
@@ -113,8 +113,9 @@ def pairs(
     config = load_config(run_yaml, set_ or [])
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
-        made = make_run_pairs(run, loaded, processes, stop)
-        console.print(f"{run.pairs}: {len(made)} pairs")
+        conditions = make_conditions(run, loaded, processes, stop)
+        made = make_run_pairs(run, loaded, conditions, processes, stop)
+        console.print(f"{run.pairs}: {len(made)} pairs", soft_wrap=True)
 
 
 @app.command()
@@ -290,29 +291,24 @@ def _set_threads(config: Config) -> None:
 
 
 def _teacher(config: Config, processes: Processes) -> Loaded:
-    """Raises UserError if the preset is for other families."""
+    """Raises UserError for a run that cannot be, such as one by another family's preset."""
     with console.status("teacher"):
         loaded = networks.load_teacher(config, processes.device)
-    families = PRESETS[config.preset].families
-    if loaded.network.family not in families:
-        fitting = [name for name, p in PRESETS.items() if loaded.network.family in p.families]
-        raise UserError(
-            f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "
-            f"{loaded.network.family}. Choose one of {', '.join(fitting)}."
-        )
+    require_possible(config, loaded)
     return loaded
 
 
 def _train(run: RunFolder, processes: Processes, again: str) -> None:
     """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
     config = run.config
-    require_trackers(config)
     loaded = _teacher(config, processes)
     recipe = one_step_recipe(loaded, config)
+    regression = Regression(regression_distance(config, loaded.network))
     with StopRequest() as stop:
         conditions = make_conditions(run, loaded, processes, stop)
-        pairs = make_run_pairs(run, loaded, processes, stop) if config.needs_pairs else None
-        regression = Regression(regression_distance(config, loaded.network))
+        pairs = None
+        if config.needs_pairs:
+            pairs = make_run_pairs(run, loaded, conditions, processes, stop)
         reports = distil(loaded.network, conditions, recipe, config, run, pairs, regression)
         stopped = watch(reports, run, processes, stop)
     if not processes.is_main:

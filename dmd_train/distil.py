@@ -248,8 +248,8 @@ def distil(
         save()
         with state.ema.swapped_in():
             tensors = {key: whole(value) for key, value in student.file_tensors().items()}
-        if is_main:
-            write_student(run.student, student, recipe, tensors)
+            if is_main:
+                write_student(run.student, student, recipe, tensors)
         journal.trackers.close()
         state.processes.wait()
 

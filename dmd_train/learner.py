@@ -15,13 +15,22 @@ from .processes import Processes, as_spread, whole
 from .roles import Role
 
 
+def require_optimizer(config: Config) -> None:
+    """Raises UserError for one that is not installed."""
+    if config.optimizer == "adamw-8bit" and not _has_bitsandbytes():
+        raise UserError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
 def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
     """AdamW with beta = (0.9, 0.999), in 8 bits where the config says so."""
-    on_gpu, is_there = parameters[0].is_cuda, importlib.util.find_spec("bitsandbytes") is not None
+    require_optimizer(config)
     lr, betas, decay = config.learning_rate, (0.9, 0.999), config.weight_decay
-    if config.optimizer == "adamw-8bit" and not is_there:
-        raise UserError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
-    if config.optimizer == "adamw-8bit" or (config.optimizer == "auto" and on_gpu and is_there):
+    may_be_8bit = config.optimizer == "auto" and parameters[0].is_cuda and _has_bitsandbytes()
+    if config.optimizer == "adamw-8bit" or may_be_8bit:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=decay)

@@ -21,7 +21,7 @@ from .distil import Distillation, make_roles
 from .networks.edm import EDMNetwork
 from .objectives import Regression
 from .pairs import PairBatch, Pairs
-from .prepare import regression_distance
+from .prepare import regression_distance, require_possible
 from .prompts import SHARD, encode_prompts, read_prompts
 from .sample import sample_teacher
 from .seeding import generator, randn
@@ -73,6 +73,7 @@ class Measured:
 def measure(config: Config, device: torch.device) -> Measured:
     """Raises UserError for what `train` would refuse."""
     loaded = networks.load_teacher(config, device)
+    require_possible(config, loaded)
     recipe = one_step_recipe(loaded, config)
     shape, prompts = loaded.network.shape, list[str]()
     distance = regression_distance(config, loaded.network)
@@ -106,7 +107,7 @@ def measure(config: Config, device: torch.device) -> Measured:
         steps = range(first, first + warm + ITERATIONS)
         times = [_timed(partial(state.iteration, step, pairs), device) for step in steps]
         seconds = statistics.median(times[-ITERATIONS:])
-        if pairs:
+        if pairs is not None:
             pair_seconds = _pair_seconds(state, conditions, config, device)
         peak = _peak(device)
     except torch.OutOfMemoryError:

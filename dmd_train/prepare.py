@@ -10,16 +10,32 @@ from .checkpoint import RunFolder
 from .conditions import Classes, Conditions, Prompts
 from .config import Config
 from .errors import UserError
+from .learner import require_optimizer
 from .network import Network
 from .networks import Loaded
 from .networks.edm import EDMNetwork
 from .networks.stable_diffusion import StableDiffusion
 from .objectives import Distance, pseudo_huber
 from .pairs import Pairs, make_pairs
+from .presets import PRESETS
 from .processes import Processes
 from .prompts import encode_prompts, fits_on_disk, read_prompts, too_long
 from .shards import Shards
 from .terminal import StopRequest, bar, console
+from .trackers import require_trackers
+
+
+def require_possible(config: Config, loaded: Loaded) -> None:
+    """Raises UserError for what would stop the run only once prompts and pairs are made."""
+    families = PRESETS[config.preset].families
+    if loaded.network.family not in families:
+        fitting = [name for name, p in PRESETS.items() if loaded.network.family in p.families]
+        raise UserError(
+            f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "
+            f"{loaded.network.family}. Choose one of {', '.join(fitting)}."
+        )
+    require_trackers(config)
+    require_optimizer(config)
 
 
 def make_conditions(
@@ -46,10 +62,13 @@ def make_conditions(
 
 
 def make_run_pairs(
-    run: RunFolder, loaded: Loaded, processes: Processes, stop: StopRequest
+    run: RunFolder,
+    loaded: Loaded,
+    conditions: Conditions,
+    processes: Processes,
+    stop: StopRequest,
 ) -> Pairs:
     """The pairs in run.pairs, made where they are not there yet; each process makes its part."""
-    conditions = make_conditions(run, loaded, processes, stop)
     prompts = conditions.prompts if isinstance(conditions, Prompts) else []
     origin = _origin(loaded, prompts)
     made = make_pairs(run.pairs, loaded.network, conditions, run.config, origin, processes)

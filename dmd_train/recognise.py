@@ -127,7 +127,8 @@ def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | N
             ) from None
         layout: Layout = "our student" if recipe else "our teacher"
         return Found("checkpoint", layout, family, recipe, recipe.license if recipe else license)
-    known = _lora(shapes) or _edm(shapes) or _unet(shapes)
+    told = recipe.family if recipe else None
+    known = _lora(shapes, told) or _edm(shapes) or _unet(shapes, told)
     if known is None:
         return None
     layout, family = known
@@ -144,15 +145,17 @@ def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | N
     )
 
 
-def _lora(shapes: Shapes) -> tuple[Layout, str] | None:
+def _lora(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
+    """told: the family by the file's own recipe, for a model of unusual widths."""
     down = re.compile(r"attn2[._]to_k\.(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
     if any(".base_layer." in key for key in shapes):
         return None
     widths = {shape[1] for key, shape in shapes.items() if down.search(key)}
-    if len(widths) != 1 or not widths <= LORAS.keys():
+    family = LORAS.get(widths.pop(), told) if len(widths) == 1 else None
+    if family is None:
         return None
     kohya = any(key.endswith(".lora_down.weight") for key in shapes)
-    return "kohya LoRA" if kohya else "PEFT LoRA", LORAS[widths.pop()]
+    return "kohya LoRA" if kohya else "PEFT LoRA", family
 
 
 def _edm(shapes: Shapes) -> tuple[Layout, str] | None:
@@ -163,7 +166,7 @@ def _edm(shapes: Shapes) -> tuple[Layout, str] | None:
     return "EDM class-conditional", "edm-imagenet64" if is_imagenet else "edm-unet"
 
 
-def _unet(shapes: Shapes) -> tuple[Layout, str] | None:
+def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
     """A UNet that makes 4-channel latents from text; inpainting ones read 9 channels."""
     own = _without_prefix(shapes)
     contexts = {shape[1] for key, shape in own.items() if key.endswith("attn2.to_k.weight")}
@@ -176,7 +179,7 @@ def _unet(shapes: Shapes) -> tuple[Layout, str] | None:
         first, pooled = "input_blocks.0.0.weight", "label_emb.0.0.weight"
     else:
         return None
-    family = UNETS.get((contexts.pop(), pooled in own)) if len(contexts) == 1 else None
+    family = UNETS.get((contexts.pop(), pooled in own), told) if len(contexts) == 1 else None
     if family is None or own.get(first, (0, 0))[1] != 4:
         return None
     return layout, family

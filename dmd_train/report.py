@@ -109,6 +109,7 @@ class SampleSheet:
             for z, condition in self.parts
         ]
         nfe = 2 * steps - 1 if sampler == "heun" else steps
+        nfe *= 1 if config.guidance == 1 else 2
         self.teacher = (f"teacher, {nfe} NFE", self._grid(teacher, images))
 
     @torch.no_grad()

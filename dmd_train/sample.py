@@ -3,13 +3,6 @@
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
-)
 from torch import Tensor
 
 from .errors import UserError
@@ -83,12 +76,12 @@ def sample_heun(
     raise ValueError("steps must be at least 1")
 
 
-SCHEDULERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
-    "ddim": (DDIMScheduler, {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}),
-    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
-    "heun": (HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    "ddim": ("DDIMScheduler", {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "heun": ("HeunDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "dpmpp-2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
 }
 """Stable Diffusion's settings; "trailing" begins at the last timestep, as a student does."""
 
@@ -101,11 +94,15 @@ def sample_scheduler(
 
     z: (B, C, H, W) ~ N(0, I). Returns x0, (B, C, H, W).
     """
+    import diffusers  # training only: not for ComfyUI
+
     assert isinstance(network.noise, VP)
-    kind, settings = SCHEDULERS[sampler]
+    name, settings = SCHEDULERS[sampler]
     abar = network.noise.alphas_cumprod.cpu()
     betas = 1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
-    scheduler = kind(trained_betas=betas.numpy(), prediction_type="epsilon", **settings)
+    scheduler = getattr(diffusers, name)(
+        trained_betas=betas.numpy(), prediction_type="epsilon", **settings
+    )
     scheduler.set_timesteps(steps, device=z.device)
     x = z * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:

@@ -1,13 +1,19 @@
-"""From a name, a file or a folder to a Network."""
+"""From a name, a file or a folder to a Network.
+
+ComfyUI's nodes come here too, for the class-conditional ones: what Stable Diffusion needs beside
+torch is imported when a file of it is met.
+"""
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters import merge_lora
-from ..config import DIGITS, Config, load_config
+from ..config import DIGITS, Config
 from ..errors import UserError
 from ..files import hash_of, write_safetensors
 from ..network import NETWORK_KEY, Network
@@ -15,10 +21,9 @@ from ..recipe import Recipe
 from ..recognise import Found, recognise
 from ..weights import peek, read_weights
 from .edm import EDMNetwork
-from .sd_file import SDFile, open_sd
-from .stable_diffusion import StableDiffusion, stable_diffusion
-from .taesd import taesd
-from .text import TextEncoder
+
+if TYPE_CHECKING:
+    from .text import TextEncoder
 
 DIGITS_TEACHER = Path(__file__).with_name("digits-teacher.safetensors")
 
@@ -38,72 +43,41 @@ class Loaded:
 
 def load_teacher(config: Config, device: torch.device) -> Loaded:
     """What config.teacher names: 'digits', a file, or a diffusers folder."""
+    path = Path(config.teacher)
+    if config.teacher == DIGITS or _is_edm(path):
+        return load(config.teacher, device)
+    from .sd_load import load_sd_teacher
+
+    # a student is refused here, and not looked for the base it was made from
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    loaded = load(config.teacher, device, half=half, resolution=config.resolution)
-    if config.decoder and isinstance(loaded.network, StableDiffusion):
-        loaded.network.decoder = taesd(config.decoder)
-    return loaded
+    return load_sd_teacher(path, device, half, config.resolution, config.decoder)
 
 
-def load(
-    name: str,
-    device: torch.device,
-    base: Path | None = None,
-    half: bool = False,
-    resolution: int = 0,
-) -> Loaded:
+def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:
     """A network by itself, in float32. Raises UserError for what is none.
 
-    base: where a student's text encoder, VAE and, for a LoRA, its UNet come from. half and
-    resolution: see `stable_diffusion`; for a student and a resolution of 0, that of its recipe.
+    base: where a student's text encoder, VAE and, for a LoRA, its UNet come from.
     """
     path = DIGITS_TEACHER if name == DIGITS else Path(name)
+    found = None
+    if not path.is_dir():
+        shapes, metadata = peek(path)
+        found = recognise(shapes, metadata, str(path))
+        if found.layout in EDM_LAYOUTS:
+            network = _edm(path, found, metadata, device)
+            return Loaded(network, found.recipe, path.stem, hash_of(path))
+    from .sd_load import load_sd_student, load_sd_teacher
+
+    if found and (found.recipe or found.kind == "LoRA"):
+        return load_sd_student(path, found, base, device)
+    return load_sd_teacher(path, device)
+
+
+def _is_edm(path: Path) -> bool:
     if path.is_dir():
-        return _teacher(open_sd(path), device, half, resolution)
+        return False
     shapes, metadata = peek(path)
-    found = recognise(shapes, metadata, str(path))
-    if found.layout in EDM_LAYOUTS:
-        return Loaded(_edm(path, found, metadata, device), found.recipe, path.stem, hash_of(path))
-    if found.recipe is None and found.kind == "checkpoint":
-        return _teacher(open_sd(path), device, half, resolution)
-    return _student(path, found, base, device, resolution)
-
-
-def _teacher(file: SDFile, device: torch.device, half: bool, resolution: int) -> Loaded:
-    text = file.text_encoder()
-    network = stable_diffusion(file, text, device, half, resolution)
-    return Loaded(network, None, file.path.stem, file.sha256, text)
-
-
-def _student(
-    path: Path, found: Found, base: Path | None, device: torch.device, resolution: int
-) -> Loaded:
-    """A Stable Diffusion student: LoRA, UNet or checkpoint, with what it lacks from `base`."""
-    if base is None:
-        base = path if found.text_encoder else _base_of(path, found)
-    file, own = open_sd(base, student=base == path), peek(path)[1]
-    if file.family != found.family:
-        raise UserError(f"{path}: {found.family}, but {base} is {file.family}. Give its own base.")
-    text = file.text_encoder()
-    pixels = resolution or int(own.get("modelspec.resolution", "0").partition("x")[0])
-    network = stable_diffusion(file, text, device, False, pixels)
-    if found.kind == "LoRA":
-        merge_lora(network.module, read_weights(path)[0], str(path))
-    elif base != path:
-        network.module = open_sd(path, student=True).unet().float().to(device)
-    sha256 = file.sha256 if base == path else hash_of(path)
-    return Loaded(network, found.recipe, path.stem, sha256, text)
-
-
-def _base_of(path: Path, found: Found) -> Path:
-    """The teacher that the run.yaml beside a student names."""
-    run_yaml = path.parent / "run.yaml"
-    if not run_yaml.exists():
-        raise UserError(
-            f"{path}: a {found.layout}, without a text encoder. Name the checkpoint that it was "
-            "made from: --base FILE."
-        )
-    return Path(load_config(run_yaml, []).teacher)
+    return NETWORK_KEY in metadata or "model.map_label.weight" in shapes
 
 
 def _edm(path: Path, found: Found, metadata: dict[str, str], device: torch.device) -> EDMNetwork:

@@ -2,9 +2,10 @@
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, autocast
 from torch.nn import Module
 
+from ..errors import UserError
 from ..network import Condition, Network
 from ..noise import VP, Prediction, x0_from
 from .ldm_names import unet_names
@@ -59,7 +60,7 @@ class StableDiffusion(Network):
             # original size, crop, target size
             sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)
             added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.half):
+        with autocast(x_t.device.type, torch.bfloat16, enabled=self.half):
             output = self.module(x_t, t, condition["text"], added_cond_kwargs=added).sample
         alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
         return x0_from(self.prediction, output, x_t, alpha, sigma)
@@ -82,7 +83,7 @@ class StableDiffusion(Network):
         self.decoder.to(x0.device)
         # AutoencoderTiny was made for latents of unit scale
         scale = 1.0 if isinstance(self.decoder, AutoencoderTiny) else self.latent_scale
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.half):
+        with autocast(x0.device.type, torch.bfloat16, enabled=self.half):
             return self.decoder.decode(x0 / scale).sample.float()
 
     def freeze(self) -> None:
@@ -98,6 +99,16 @@ class StableDiffusion(Network):
         """Weights under diffusers' names -> under those of a single file."""
         names = unet_names(weights, self.module.config)
         return {UNET + names[key]: value for key, value in weights.items()}
+
+    def load_ldm_tensors(self, tensors: dict[str, Tensor], file: str) -> None:
+        """The inverse, in float32. Raises UserError if they are of another UNet."""
+        own = self.module.state_dict()
+        names = {key: UNET + name for key, name in unet_names(own, self.module.config).items()}
+        if any(
+            name not in tensors or tensors[name].shape != own[k].shape for k, name in names.items()
+        ):
+            raise UserError(f"{file}: its UNet does not fit the base model. Give its own --base.")
+        self.module.load_state_dict({key: tensors[name].float() for key, name in names.items()})
 
     def file_metadata(self) -> dict[str, str]:
         return {}

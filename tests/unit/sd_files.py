@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from checkpoints import (
     tiny_sd15,
     tiny_sdxl,
 )
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from unit.tiny_sd import POOLED, WIDTH, tiny_sd
 
 from dmd_train.networks import text
 
@@ -28,6 +28,9 @@ TINY: dict[str, Callable[..., None]] = {
     "sdxl": tiny_sdxl,
 }
 """Makers of single files, by name. All with the text encoder of their family."""
+
+COLOURED_DIGITS = Path(__file__).parents[1] / "assets" / "coloured-digits"
+"""A trained teacher of 32 pixels: the folder of the repository."""
 
 Tiny = Callable[[str], Path]
 
@@ -82,13 +85,32 @@ def write_tokenizer(folder: Path, pad: str) -> None:
 
 
 def micro_pipeline(folder: Path, family: str = "sd1") -> Path:
-    """A diffusers folder of random weights with every part, small enough to train in a second.
+    """A diffusers folder with every part and random weights, to train in a second at 64 pixels.
 
-    `tiny_sd`'s UNet at 64 pixels, CLIP's tokens, a VAE. family: "sd1" or "sdxl".
+    As wide in its text as `family`, so that its students are known for what they are; "sd2" is a v
+    model. The tokens are those of coloured-digits, about one a letter.
     """
+    is_xl = family == "sdxl"
+    widths = {"sd1": [768], "sd2": [1024], "sdxl": [768, 1280]}[family]
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64) if family == "sd1" else (64, 128),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8 if family == "sd1" else (1, 2),
+        "use_linear_projection": family != "sd1",
+        "cross_attention_dim": sum(widths),
+    }
+    if is_xl:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+        }
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        tiny_sd(family).module.save_pretrained(folder / "unet")
+        UNet2DConditionModel(**config).save_pretrained(folder / "unet")
         AutoencoderKL(
             block_out_channels=(8,) * 4,
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -97,24 +119,16 @@ def micro_pipeline(folder: Path, family: str = "sd1") -> Path:
             latent_channels=4,
             scaling_factor=0.18215,
         ).save_pretrained(folder / "vae")
-        for suffix in ("", "_2") if family == "sdxl" else ("",):
-            width = WIDTH // 2 if family == "sdxl" else WIDTH
-            config = CLIPTextConfig(
-                hidden_size=width,
-                intermediate_size=2 * width,
-                projection_dim=POOLED,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                bos_token_id=text.START_ID,
-                eos_token_id=text.END_ID,
-            )
-            model = (CLIPTextModelWithProjection if suffix else CLIPTextModel)(config)
-            # far apart, as trained ones are
+        for suffix, width in zip(("", "_2"), widths, strict=False):
+            clip = json.loads((COLOURED_DIGITS / "text_encoder" / "config.json").read_text())
+            clip |= {"hidden_size": width, "projection_dim": width, "num_attention_heads": 4}
+            kind = CLIPTextModelWithProjection if suffix else CLIPTextModel
+            model = kind(CLIPTextConfig.from_dict(clip))
             for name, value in model.named_parameters():
                 if name.endswith("token_embedding.weight"):
-                    value.data *= 50
+                    value.data *= 50  # as far apart as trained ones
             model.save_pretrained(folder / f"text_encoder{suffix}")
-            write_tokenizer(folder / f"tokenizer{suffix}", pad=text.END)
-    write_scheduler(folder)
+            shutil.copytree(COLOURED_DIGITS / "tokenizer", folder / f"tokenizer{suffix}")
+    write_scheduler(folder, prediction_type="v_prediction" if family == "sd2" else "epsilon")
     (folder / "model_index.json").write_text("{}")
     return folder

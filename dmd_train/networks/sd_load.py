@@ -1,0 +1,63 @@
+"""Stable Diffusion from files to Networks: a teacher, or a student with what it lacks."""
+
+from pathlib import Path
+
+import torch
+
+from ..adapters import merge_lora
+from ..config import load_config
+from ..errors import UserError
+from ..files import hash_of
+from ..recognise import Found
+from ..weights import peek, read_weights
+from . import Loaded
+from .sd_file import open_sd
+from .stable_diffusion import stable_diffusion
+from .taesd import taesd
+
+
+def load_sd_teacher(
+    path: Path,
+    device: torch.device,
+    half: bool = False,
+    resolution: int = 0,
+    decoder: Path | None = None,
+) -> Loaded:
+    """half, resolution: see `stable_diffusion`. decoder: a TAESD in place of the VAE."""
+    file = open_sd(path)
+    text = file.text_encoder()
+    network = stable_diffusion(file, text, device, half, resolution)
+    if decoder:
+        network.decoder = taesd(decoder)
+    return Loaded(network, None, path.stem, file.sha256, text)
+
+
+def load_sd_student(path: Path, found: Found, base: Path | None, device: torch.device) -> Loaded:
+    """LoRA, UNet or checkpoint, with what it lacks from `base`."""
+    if base is None:
+        base = path if found.text_encoder else _base_of(path, found)
+    file, own = open_sd(base, student=base == path), peek(path)[1]
+    if file.family != found.family:
+        raise UserError(f"{path}: {found.family}, but {base} is {file.family}. Give its own base.")
+    text = file.text_encoder()
+    pixels = int(own.get("modelspec.resolution", "0").partition("x")[0])
+    network = stable_diffusion(file, text, device, False, pixels)
+    if found.kind == "LoRA":
+        merge_lora(network.module, read_weights(path)[0], str(path))
+    elif base != path and found.layout == "LDM UNet":
+        network.load_ldm_tensors(read_weights(path)[0], str(path))
+    elif base != path:
+        network.module = open_sd(path, student=True).unet().float().to(device)
+    sha256 = file.sha256 if base == path else hash_of(path)
+    return Loaded(network, found.recipe, path.stem, sha256, text)
+
+
+def _base_of(path: Path, found: Found) -> Path:
+    """The teacher that the run.yaml beside a student names."""
+    run_yaml = path.parent / "run.yaml"
+    if not run_yaml.exists():
+        raise UserError(
+            f"{path}: a {found.layout}, without a text encoder. Name the checkpoint that it was "
+            "made from: --base FILE."
+        )
+    return Path(load_config(run_yaml, []).teacher)
