@@ -103,12 +103,11 @@ class StableDiffusion(Network):
     def load_ldm_tensors(self, tensors: dict[str, Tensor], file: str) -> None:
         """The inverse, in float32. Raises UserError if they are of another UNet."""
         own = self.module.state_dict()
-        names = {key: UNET + name for key, name in unet_names(own, self.module.config).items()}
-        if any(
-            name not in tensors or tensors[name].shape != own[k].shape for k, name in names.items()
-        ):
+        names = unet_names(own, self.module.config).items()
+        weights = {k: tensors[UNET + name].float() for k, name in names if UNET + name in tensors}
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
             raise UserError(f"{file}: its UNet does not fit the base model. Give its own --base.")
-        self.module.load_state_dict({key: tensors[name].float() for key, name in names.items()})
+        self.module.load_state_dict(weights)
 
     def file_metadata(self) -> dict[str, str]:
         return {}

@@ -1,0 +1,71 @@
+"""Full training with every network spread over the processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from unit.conftest import Command
+from unit.tiny import config
+from unit.tiny_sd import tiny_sd
+
+from dmd_train.distil import make_roles
+from dmd_train.errors import UserError
+from dmd_train.processes import Processes
+
+ROOT = Path(__file__).parents[2]
+RUN = {
+    "teacher": str(ROOT / "tests/assets/coloured-digits"),
+    "prompts": "prompts.txt",
+    "preset": "sd15-one-step-full",
+    "device": "cpu",
+    "cpu_threads": 1,
+    "steps": 2,
+    "batch_size": 2,
+    "micro_batch_size": 1,
+    "critic_updates": 1,
+    "warmup_steps": 0,
+    "pair_steps": 2,
+    "checkpoint_every": 1,
+    "sample_every": 2,
+}
+
+
+def flat(path: Path) -> Tensor:
+    weights = load_file(path)
+    return torch.cat([weights[key].flatten().double() for key in sorted(weights)])
+
+
+def sharded() -> subprocess.CompletedProcess[str]:
+    """As `accelerate launch --use_fsdp` starts two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    command = [*launch, "-m", "dmd_train", "train", "run.yaml"]
+    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+
+
+def test_two_processes_with_sharded_networks_give_the_weights_and_state_of_one(
+    dmd: Command, tmp_path: Path
+) -> None:
+    Path("prompts.txt").write_text("a red seven on blue\na green circle on black\n")
+    Path("run.yaml").write_text(yaml.safe_dump(RUN | {"output": "two"}))
+    two = sharded()
+    assert two.returncode == 0, two.stderr
+    assert dmd("train", "run.yaml", "--set", "output=one").code == 0
+    for file in ("student.safetensors", "checkpoints/step-00000002.safetensors"):
+        one, other = flat(Path("one", file)), flat(Path("two", file))
+        assert float((one - other).norm() / one.norm()) <= 1e-5
+    assert Path("two/samples/step-00000002.png").exists()
+
+
+def test_adapters_are_not_sharded_and_the_error_says_what_to_leave_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Processes, "is_sharded", True)
+    with pytest.raises(UserError, match="FSDP is for training: full .* Leave --use_fsdp out"):
+        make_roles(tiny_sd(), config(training="lora"))
