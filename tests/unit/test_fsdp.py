@@ -67,5 +67,5 @@ def test_adapters_are_not_sharded_and_the_error_says_what_to_leave_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Processes, "is_sharded", True)
-    with pytest.raises(UserError, match="FSDP is for training: full .* Leave --use_fsdp out"):
+    with pytest.raises(UserError, match=r"FSDP is for training: full .* Leave --use_fsdp out"):
         make_roles(tiny_sd(), config(training="lora"))
