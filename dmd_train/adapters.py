@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +61,9 @@ class Adapters:
     def __init__(
         self, network: Network, names: tuple[str, ...], rank: int, alpha: float, seed: int
     ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model  # seconds, which few commands need
+        from peft.tuners.lora import LoraLayer
+
         self.module = network.module
         self.rank, self.alpha = rank, alpha
         targets = [

@@ -22,12 +22,10 @@ from .conditions import Classes
 from .config import DIGITS, Config, load_config, make_config, parse_overrides
 from .distil import distil
 from .errors import UserError
-from .export import FOLDERS, Form, export
 from .files import write_atomically, write_latent
 from .network import Condition
 from .networks import Loaded
 from .networks.edm import EDMNetwork
-from .networks.stable_diffusion import StableDiffusion
 from .objectives import Regression
 from .prepare import make_conditions, make_run_pairs, regression_distance, require_possible
 from .presets import PRESETS
@@ -151,7 +149,8 @@ def plan(
 def export_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     form: Annotated[
-        Form, typer.Option("--as", help="lora; unet, with a LoRA merged; checkpoint, all in one.")
+        Literal["lora", "unet", "checkpoint"],
+        typer.Option("--as", help="lora; unet, with a LoRA merged; checkpoint, all in one."),
     ],
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"], typer.Option(help="Of the student's weights.")
@@ -159,6 +158,8 @@ def export_(
     out: Annotated[Path | None, typer.Option(help="Else RUN/student-FORM.safetensors.")] = None,
 ) -> None:
     """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
+    from .export import FOLDERS, export
+
     with console.status("export"):
         path = export(run, form, dtype, out)
     console.print(f"{path}: put it into {FOLDERS[form]}", soft_wrap=True)
@@ -195,14 +196,13 @@ def sample(
         raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
     loaded = networks.load(str(file), torch.device("cpu"), base)
     network = loaded.network
-    is_latent = isinstance(network, StableDiffusion)
-    if out.suffix == ".latent" and not is_latent:
+    if out.suffix == ".latent" and network.latent_scale is None:
         raise UserError(f"--out {out}: {network.family} models draw pixels, not latents.")
     condition = _condition(loaded, file, class_, prompt, count)
     nfe = loaded.recipe.nfe if loaded.recipe else 1
     noise = step_noise(network.shape, count, seed, nfe, network.device)
     x0 = draw(network, loaded.recipe, noise, condition)
-    if isinstance(network, StableDiffusion) and out.suffix == ".latent":
+    if network.latent_scale and out.suffix == ".latent":
         write_latent(out, x0 / network.latent_scale)
     else:
         _write_images(out, network.to_images(x0).clamp(-1, 1))

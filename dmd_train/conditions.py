@@ -1,13 +1,15 @@
 """What the samples are conditioned on. A row is a number: a class, or a prompt of a list."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .network import Condition
-from .networks.text import TextEncoder
 from .shards import Shards
+
+if TYPE_CHECKING:
+    from .networks.text import TextEncoder
 
 
 class Conditions(Protocol):
@@ -42,7 +44,7 @@ class Classes:
 class Prompts(Classes):
     """Prompts of a list, uniform: encoded before, on disk, or live."""
 
-    def __init__(self, prompts: list[str], encoded: Shards | TextEncoder) -> None:
+    def __init__(self, prompts: list[str], encoded: "Shards | TextEncoder") -> None:
         super().__init__(len(prompts))
         self.prompts, self.encoded = prompts, encoded
 

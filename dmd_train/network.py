@@ -36,6 +36,9 @@ class Network(ABC):
     downscale: int = 1
     """Pixels a side that one value of a sample stands for: 8 of most latents."""
 
+    latent_scale: float | None = None
+    """Of samples that are latents: what a VAE's are multiplied by for the network."""
+
     file_dtype: torch.dtype = torch.float32
     """Of a student's weights on disk."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .network import Network
 from .networks.stable_diffusion import StableDiffusion
 from .objectives import Distance
 
@@ -16,12 +17,14 @@ VGG = "vgg16-397923af.pth"
 ALTERNATIVE = "or set regression_loss: pseudo-huber, which needs no weights."
 
 
-def lpips(network: StableDiffusion) -> Distance:
+def lpips(network: Network) -> Distance:
     """(samples, targets) in latents -> their LPIPS once decoded. The gradient passes the decoder.
 
     Raises UserError unless torchvision, the backbone's weights and a decoder are on this machine:
     nothing is downloaded.
     """
+    if not isinstance(network, StableDiffusion):
+        raise UserError(f"regression_loss: lpips is not for {network.family} networks.")
     if importlib.util.find_spec("torchvision") is None:
         raise UserError(f"regression_loss: lpips needs torchvision: install it, {ALTERNATIVE}")
     weights = Path(torch.hub.get_dir()) / "checkpoints" / VGG

@@ -14,7 +14,6 @@ from .learner import require_optimizer
 from .network import Network
 from .networks import Loaded
 from .networks.edm import EDMNetwork
-from .networks.stable_diffusion import StableDiffusion
 from .objectives import Distance, pseudo_huber
 from .pairs import Pairs, make_pairs
 from .presets import PRESETS
@@ -103,8 +102,6 @@ def regression_distance(config: Config, network: Network) -> Distance:
         case "lpips":
             if not config.needs_pairs:
                 return functional.mse_loss
-            if not isinstance(network, StableDiffusion):
-                raise UserError(f"regression_loss: lpips is not for {network.family} networks.")
             from .perceptual import lpips
 
             return lpips(network)

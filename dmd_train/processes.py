@@ -7,7 +7,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +24,8 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.rank, self.count, self.device = 0, 1, device
         if dist.is_torchelastic_launched():
+            from accelerate import PartialState
+
             state = PartialState(cpu=device.type == "cpu")
             self.rank, self.count, self.device = (
                 state.process_index,

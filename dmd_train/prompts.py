@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
-from .networks.text import TextEncoder
 from .shards import make_shards
+
+if TYPE_CHECKING:
+    from .networks.text import TextEncoder
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 SHARD = 64
@@ -35,7 +38,7 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
-def too_long(prompts: list[str], encoder: TextEncoder, path: Path | None) -> str | None:
+def too_long(prompts: list[str], encoder: "TextEncoder", path: Path | None) -> str | None:
     """A warning about prompts that the text encoder cuts, None where there are none."""
     over = encoder.too_long(prompts)
     if not over:
@@ -46,13 +49,13 @@ def too_long(prompts: list[str], encoder: TextEncoder, path: Path | None) -> str
     )
 
 
-def fits_on_disk(prompts: list[str], encoder: TextEncoder) -> bool:
+def fits_on_disk(prompts: list[str], encoder: "TextEncoder") -> bool:
     one = encoder.encode([""])
     return len(prompts) * sum(2 * value.numel() for value in one.values()) <= ON_DISK
 
 
 def encode_prompts(
-    folder: Path, prompts: list[str], encoder: TextEncoder, origin: str
+    folder: Path, prompts: list[str], encoder: "TextEncoder", origin: str
 ) -> Iterator[int]:
     """Encode into `folder`, in float16, yielding how many there are. Goes on where it stopped."""
 

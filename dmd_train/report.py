@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,11 +17,13 @@ from torch import Tensor
 from .conditions import Conditions
 from .config import Config
 from .files import write_atomically, write_text
-from .metrics import SamplerNumbers
 from .network import Network
 from .objectives import DistributionMatching
 from .recipe import Recipe
 from .sample import sample_student, sample_teacher, step_noise
+
+if TYPE_CHECKING:
+    from .metrics import SamplerNumbers
 
 matplotlib.use("agg")
 
@@ -152,7 +154,7 @@ def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
-def summary(teacher: SamplerNumbers, student: SamplerNumbers) -> dict[str, Any]:
+def summary(teacher: "SamplerNumbers", student: "SamplerNumbers") -> dict[str, Any]:
     """What summary.json holds."""
     return {
         "teacher": asdict(teacher),
@@ -166,7 +168,7 @@ def save_summary(path: Path, numbers: dict[str, Any]) -> None:
     write_text(path, json.dumps(numbers, indent=2) + "\n")
 
 
-def numbers_table(columns: dict[str, SamplerNumbers]) -> Table:
+def numbers_table(columns: "dict[str, SamplerNumbers]") -> Table:
     """Samplers beside each other, for the terminal; two get a column of speed-up."""
     table = Table(title="2,000 fresh samples, balanced classes")
     table.add_column("")

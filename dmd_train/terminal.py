@@ -21,7 +21,7 @@ from .checkpoint import RunFolder
 from .distil import LOG_EVERY, StepReport
 from .processes import Processes
 
-console = Console()
+console = Console(markup=False)
 
 STOPPED = 128 + signal.SIGINT
 """Exit code of a process whose run was stopped by another."""

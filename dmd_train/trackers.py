@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from einops import rearrange
 from PIL.Image import Image
 
@@ -27,6 +26,8 @@ class Trackers:
     def __init__(self, config: Config, folder: Path) -> None:
         self.accelerator: Any = None
         if config.trackers:
+            from accelerate import Accelerator
+
             on_cpu = config.device_object().type == "cpu"
             self.accelerator = Accelerator(
                 cpu=on_cpu, log_with=list(config.trackers), project_dir=folder

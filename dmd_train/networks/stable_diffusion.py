@@ -79,7 +79,7 @@ class StableDiffusion(Network):
 
     def decode(self, x0: Tensor) -> Tensor:
         """With gradient. (B, 4, h, w) -> (B, 3, H, W), about -1..1."""
-        assert self.decoder is not None
+        assert self.decoder and self.latent_scale
         self.decoder.to(x0.device)
         # AutoencoderTiny was made for latents of unit scale
         scale = 1.0 if isinstance(self.decoder, AutoencoderTiny) else self.latent_scale
