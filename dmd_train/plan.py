@@ -62,12 +62,11 @@ class Measured:
     ram: int
     disk: int
     disk_room: int
+    advice: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
         return self.peak is not None and self.peak <= self.room and self.disk <= self.disk_room
-
-    advice: tuple[str, ...] = ()
 
 
 def measure(config: Config, device: torch.device) -> Measured:

@@ -4,13 +4,11 @@ Each process has whole networks and its part of the batch; or, with FSDP, its pa
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
 
@@ -55,6 +53,9 @@ class Processes:
         """Spread its parameters, where that is asked for: they become DTensors, block by block."""
         if not self.is_sharded:
             return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # torch 2.6
+
         mesh = init_device_mesh(self.device.type, (self.count,))
         for child in module.children():
             for block in child if isinstance(child, nn.ModuleList) else ():
@@ -93,13 +94,19 @@ class Processes:
             dist.barrier()
 
 
-def whole(value: Tensor) -> Tensor:
+def _is_spread(value: Tensor) -> bool:
+    return hasattr(value, "full_tensor")  # of DTensors alone, which old versions of torch lack
+
+
+def whole(value: Any) -> Tensor:
     """A tensor as it is, or put together again from all processes; all must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _is_spread(value) else value
 
 
-def as_spread(value: Tensor, like: Tensor) -> Tensor:
+def as_spread(value: Tensor, like: Any) -> Tensor:
     """A whole tensor, spread over the processes as `like` is."""
-    if not isinstance(like, DTensor):
+    if not _is_spread(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

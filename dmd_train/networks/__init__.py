@@ -50,7 +50,9 @@ def load_teacher(config: Config, device: torch.device) -> Loaded:
 
     # a student is refused here, and not looked for the base it was made from
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return load_sd_teacher(path, device, half, config.resolution, config.decoder)
+    # full training copies the weights before it halves them
+    dtype = torch.bfloat16 if half and config.training == "lora" else torch.float32
+    return load_sd_teacher(path, device, half, config.resolution, config.decoder, dtype)
 
 
 def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:

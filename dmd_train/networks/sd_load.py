@@ -22,11 +22,12 @@ def load_sd_teacher(
     half: bool = False,
     resolution: int = 0,
     decoder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Loaded:
-    """half, resolution: see `stable_diffusion`. decoder: a TAESD in place of the VAE."""
+    """half, resolution, dtype: see `stable_diffusion`. decoder: a TAESD in place of the VAE."""
     file = open_sd(path)
     text = file.text_encoder()
-    network = stable_diffusion(file, text, device, half, resolution)
+    network = stable_diffusion(file, text, device, half, resolution, dtype)
     if decoder:
         network.decoder = taesd(decoder)
     return Loaded(network, None, path.stem, file.sha256, text)

@@ -114,13 +114,18 @@ class StableDiffusion(Network):
 
 
 def stable_diffusion(
-    file: SDFile, text: TextEncoder, device: torch.device, half: bool, resolution: int
+    file: SDFile,
+    text: TextEncoder,
+    device: torch.device,
+    half: bool,
+    resolution: int,
+    dtype: torch.dtype = torch.float32,
 ) -> StableDiffusion:
-    """The network of a file. resolution: in pixels; 0: the file's own."""
+    """The network of a file. resolution: in pixels; 0: the file's own. dtype: of its weights."""
     size = (resolution or file.native_size) // file.downscale
     empty = {key: value.to(device) for key, value in text.encode([""]).items()}
     return StableDiffusion(
-        file.unet().float().to(device),
+        file.unet().to(dtype).to(device),
         family=file.family,
         prediction=file.prediction,
         shape=(4, size, size),
