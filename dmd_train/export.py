@@ -37,6 +37,16 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
     newest = newest_checkpoint(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run}: holds no checkpoint yet. Train it first, or wait for its first.")
+    if form == "lora" and config.training == "full":
+        raise UserError(
+            f"{run}: was trained with training: full, so there is no LoRA. "
+            "Use --as unet or --as checkpoint."
+        )
+    if form == "checkpoint" and Path(config.teacher).is_dir():
+        raise UserError(
+            f"{config.teacher}: a folder, not a single file, so there is no checkpoint to put the "
+            "student into. Use --as unet, with the folder's text encoder and VAE beside it."
+        )
     loaded = networks.load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
     network = loaded.network
     if not isinstance(network, StableDiffusion):
@@ -53,11 +63,6 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
     if config.training == "full":
         network.module.load_state_dict(weights)
         tensors = network.file_tensors()
-        if form == "lora":
-            raise UserError(
-                f"{run}: was trained with training: full, so there is no LoRA. "
-                "Use --as unet or --as checkpoint."
-            )
     else:
         network.module.requires_grad_(False)
         rank, alpha = config.lora_rank, config.lora_alpha
@@ -90,11 +95,6 @@ def _student_weights(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rest_of_teacher(teacher: Path) -> dict[str, Tensor]:
     """Text encoders and VAE of a single file, under their names there."""
-    if teacher.is_dir():
-        raise UserError(
-            f"{teacher}: a folder, not a single file, so there is no checkpoint to put the student "
-            "into. Use --as unet, with the folder's text encoder and VAE beside it."
-        )
     tensors, _ = read_weights(teacher)
     dropped = ("model.diffusion_model.", "model_ema.")
     return {key: value for key, value in tensors.items() if not key.startswith(dropped)}

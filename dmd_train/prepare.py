@@ -48,7 +48,7 @@ def make_conditions(
     prompts = read_prompts(path)
     warning = too_long(prompts, loaded.text, path)
     if warning:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
     encoder = loaded.text.to(processes.device)
     if not fits_on_disk(prompts, encoder):
         return Prompts(prompts, encoder)

@@ -89,7 +89,7 @@ class StableDiffusion(Network):
     def freeze(self) -> None:
         super().freeze()
         if self.half:  # as it would be read anyway (DMD2's code)
-            self.module.to(torch.bfloat16)
+            Module.to(self.module, torch.bfloat16)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """By their names in a single file, which ComfyUI reads for any size of UNet."""
@@ -125,7 +125,7 @@ def stable_diffusion(
     size = (resolution or file.native_size) // file.downscale
     empty = {key: value.to(device) for key, value in text.encode([""]).items()}
     return StableDiffusion(
-        file.unet().to(dtype).to(device),
+        Module.to(file.unet(), dtype=dtype).to(device),
         family=file.family,
         prediction=file.prediction,
         shape=(4, size, size),

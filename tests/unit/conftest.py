@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import pytest
 import torch
+import transformers
 import yaml
 from unit.sd_files import Tiny, pipelines, single_files
 
@@ -29,6 +31,13 @@ SHORT = {
 def one_thread() -> None:
     """Tiny networks are slower on two."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_progress_bars_of_save_pretrained() -> None:
+    """A fixture may save its folder within a test that counts the lines on stderr."""
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.disable_progress_bar()
 
 
 class Outcome(NamedTuple):

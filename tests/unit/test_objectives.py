@@ -17,6 +17,7 @@ from dmd_train.objectives import (
     DistributionMatching,
     Regression,
     draw_timesteps,
+    pseudo_huber,
     with_gradient,
 )
 
@@ -411,3 +412,14 @@ def test_the_critics_gradient_is_the_papers_in_float64() -> None:
     weight = sigma**-2 + critic.sigma_data**-2
     (weight * (pred - x.double()) ** 2).mean().backward()
     assert relative_error(critic.module, mu_fake) <= 1e-5
+
+
+def test_pseudo_huber_is_the_formula_per_sample_over_the_root_of_its_size() -> None:
+    """Song and Dhariwal 2023: c = 0.00054 sqrt(d); far from zero it is |x - y| / sqrt(d)."""
+    x, y = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
+    x[0] += 0.1  # |x - y| = 0.1 * 16, with sqrt(d) = 16
+    c = 0.00054 * 16
+    expected = ((1.6**2 + c**2) ** 0.5 - c) / 16 / 2  # the other sample adds nothing
+    assert pseudo_huber(x, y).item() == pytest.approx(expected, rel=1e-5)
+    assert pseudo_huber(y, x).item() == pytest.approx(expected, rel=1e-5)
+    assert expected == pytest.approx(0.05, rel=0.01)
