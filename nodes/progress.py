@@ -1,0 +1,47 @@
+"""What a long node shows while it works: its bar, the time left, a picture; and its stop."""
+
+import time
+
+import comfy.model_management
+import comfy.utils
+from PIL.Image import Image
+from server import PromptServer
+
+PICTURE_SIZE = 1024
+"""Longest side of a preview, in pixels."""
+
+EVERY = 0.5
+"""Seconds between two lines of text."""
+
+
+class Progress:
+    """Of `total` rounds of `what`, `done` of which were there before; shown on node `node_id`."""
+
+    def __init__(self, what: str, total: int, node_id: str, done: int = 0) -> None:
+        self.what, self.total, self.node_id = what, total, node_id
+        self.before = done
+        self.since = self.said = time.monotonic()
+        self.bar = comfy.utils.ProgressBar(total, node_id)
+
+    def update(self, done: int, note: str = "", picture: Image | None = None) -> None:
+        """Raises InterruptProcessingException where the user has pressed stop."""
+        preview = ("JPEG", picture, PICTURE_SIZE) if picture else None
+        self.bar.update_absolute(done, self.total, preview)
+        now = time.monotonic()
+        if now - self.said >= EVERY or done >= self.total:
+            self.said = now
+            say(f"{self.what} {done} of {self.total}, {self._left(done, now)} left{note}", self)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def _left(self, done: int, now: float) -> str:
+        made = max(1, done - self.before)
+        seconds = round((now - self.since) / made * (self.total - done))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def say(text: str, where: "Progress | str") -> None:
+    """A line of text on a node while it runs. where: its progress, or its id."""
+    node_id = where if isinstance(where, str) else where.node_id
+    PromptServer.instance.send_progress_text(text, node_id)
