@@ -26,6 +26,13 @@ LISTED_AS = {
 """Family -> the metadata by which A1111 and Forge list a LoRA; any other is for SD 1 to them."""
 
 
+UNET_LAYERS = (
+    r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|"
+    r"conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)"
+)
+"""Of a Stable Diffusion UNet, those that adapters go on, by diffusers' names (DMD2 B.5)."""
+
+
 def kohya_name(layer: str) -> str:
     """The name of a UNet's layer in a LoRA, by which ComfyUI, A1111, Forge and diffusers know it.
 
@@ -55,7 +62,7 @@ class Adapters:
     """LoRAs (rank, alpha) on the layers of `network` that its lora_targets names.
 
     Parameters are float32, whatever the network's. B is zero; A is Kaiming uniform, a function of
-    (seed, adapter, layer). Raises ValueError if no layer fits.
+    (seed, adapter, layer). Layers go by their canonical names. Raises UserError if no layer fits.
     """
 
     def __init__(
@@ -64,15 +71,19 @@ class Adapters:
         from peft import LoraConfig, inject_adapter_in_model  # seconds, which few commands need
         from peft.tuners.lora import LoraLayer
 
-        self.module = network.module
+        self.module, self.canonical_name = network.module, network.canonical_name
         self.rank, self.alpha = rank, alpha
         targets = [
             name
             for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and re.fullmatch(network.lora_targets, name)
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+            and re.fullmatch(network.lora_targets, network.canonical_name(name))
         ]
         if not targets:
-            raise ValueError(f"{network.family}: no layer matches {network.lora_targets}")
+            raise UserError(
+                f"{network.family}: no layer takes an adapter, so critic and student have no room. "
+                "Choose training: full, or load the model in another precision."
+            )
         pattern = f"({'|'.join(map(re.escape, targets))})"
         # peft types alpha as an integer, and reads any number
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern)  # type: ignore[arg-type]
@@ -81,7 +92,7 @@ class Adapters:
             for name in names:
                 inject_adapter_in_model(config, self.module, adapter_name=name)
         self.layers: dict[str, Any] = {
-            name: layer
+            network.canonical_name(name): layer
             for name, layer in self.module.named_modules()
             if isinstance(layer, LoraLayer)
         }
@@ -116,9 +127,12 @@ class Adapters:
             self.use(before)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Of one adapter, by its name in the module."""
-        own = re.compile(rf"\.lora_[AB]\.{name}\.weight$")
-        found = {key: p for key, p in self.module.named_parameters() if own.search(key)}
+        """Of one adapter, trainable: "down_blocks.0...to_q.lora_A.student.weight" and so on."""
+        found = {
+            f"{layer}.{side}.{name}.weight": getattr(lora, side)[name].weight
+            for layer, lora in self.layers.items()
+            for side in ("lora_A", "lora_B")
+        }
         for parameter in found.values():
             parameter.requires_grad_(True)
         return found
@@ -142,7 +156,7 @@ class Adapters:
             if ".lora_" in key:
                 continue
             if in_base and part == "weight":
-                value = value + self.layers[layer].get_delta_weight(name)
+                value = value + self.layers[self.canonical_name(layer)].get_delta_weight(name)
             merged[f"{layer}.{part}" if in_base else key] = value
         return merged
 

@@ -30,8 +30,9 @@ from .objectives import Regression
 from .prepare import make_conditions, make_run_pairs, regression_distance, require_possible
 from .presets import PRESETS
 from .processes import Processes
-from .report import SampleSheet, grid, picture, save_curves, save_picture
+from .report import SampleSheet, save_curves, save_picture
 from .sample import draw, step_noise
+from .sheet import grid, picture
 from .student import one_step_recipe
 from .terminal import STOPPED, StopRequest, bar, console, watch
 

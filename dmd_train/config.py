@@ -15,6 +15,9 @@ from .presets import PRESETS
 DIGITS = "digits"
 """The name of the embedded teacher."""
 
+CANVAS = "ComfyUI MODEL"
+"""How the name of a teacher begins that is no file: a MODEL as wired, LoRAs and merges applied."""
+
 DEFAULT_PRESET = "digits-one-step"
 """Of the embedded teacher."""
 
@@ -101,6 +104,21 @@ class Config(BaseModel):
     @property
     def needs_pairs(self) -> bool:
         return self.regression_weight > 0 or self.regression_warmup_steps > 0
+
+    @property
+    def smaller(self) -> str:
+        """The setting that makes the run smaller and costs least."""
+        if self.micro_batch_size != 1:
+            return "Set micro_batch_size: 1. It changes memory alone."
+        if not self.gradient_checkpointing:
+            return "Set gradient_checkpointing: true. It takes a third more time."
+        if self.training == "full":
+            return "Choose a LoRA preset (training: lora)."
+        return f"Set lora_rank: {max(4, self.lora_rank // 2)}, or a smaller resolution."
+
+    def half(self, device: torch.device) -> bool:
+        """Whether networks compute in bfloat16 on this device."""
+        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
 
     def device_object(self) -> torch.device:
         """The device to train on. Raises UserError if it is not there."""

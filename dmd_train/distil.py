@@ -40,12 +40,18 @@ class StepReport:
     values: dict[str, Tensor]
     """Scalars still on the device: losses and gradient norms by name."""
     picture: Image | None
-    """Teacher above student on fixed seeds, every sample_every steps."""
+    """Teacher above student on fixed seeds: first, last and every sample_every steps."""
 
     def numbers(self) -> dict[str, float]:
         """The values on the host; waits for the device."""
         numbers = torch.stack(list(self.values.values())).tolist()
         return dict(zip(self.values, numbers, strict=True))
+
+    def losses(self) -> str:
+        """For a bar, in few words; waits for the device."""
+        named = {name.split("/")[1]: value for name, value in self.numbers().items()}
+        shown = {"distribution_matching": "dm", "regression": "reg", "denoising": "critic"}
+        return "  ".join(f"{shown[name]} {named[name]:.3f}" for name in shown if name in named)
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,26 @@ def distil(
     """Distil `teacher` into `run`, from its newest checkpoint on, reporting every student update.
 
     Closing the generator between two reports is the way to stop: the state and the student so far
-    are saved. Raises UserError on a non-finite loss; what was saved before stays. Of several
-    processes the first writes, and all must stop at the same step.
+    are saved. Raises UserError on a non-finite loss and out of memory; what was saved before stays.
+    Of several processes the first writes, and all must stop at the same step.
     """
+    try:
+        yield from _distil(teacher, conditions, recipe, config, run, pairs, regression)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{run.path}: out of memory. Its checkpoints are kept. {config.smaller}"
+        ) from None
+
+
+def _distil(
+    teacher: Network,
+    conditions: Conditions,
+    recipe: Recipe,
+    config: Config,
+    run: RunFolder,
+    pairs: Pairs | None,
+    regression: Regression | None,
+) -> Generator[StepReport]:
     state = Distillation(make_roles(teacher, config), recipe, conditions, config, regression)
     student, is_main = state.roles.student.network, state.processes.is_main
     looks = is_main or state.processes.is_sharded  # a sharded network needs all processes
@@ -261,7 +284,7 @@ def distil(
             if step % config.checkpoint_every == 0:
                 save()
             picture = None
-            if sheet and step % config.sample_every == 0:
+            if sheet and (step % config.sample_every == 0 or step in (1, config.steps)):
                 with state.ema.swapped_in():
                     picture = sheet.draw(student, state.distribution_matching)
                 if is_main:

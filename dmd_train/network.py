@@ -61,6 +61,14 @@ class Network(ABC):
         """The weights under the names they have in a file."""
         return self.module.state_dict()
 
+    def canonical_name(self, name: str) -> str:
+        """A layer or a weight of the module, as checkpoints and LoRAs call it.
+
+        One model may be built of differently named modules, as Stable Diffusion is by diffusers and
+        by ComfyUI; its runs are written down alike.
+        """
+        return name
+
     def denoising_weight(self, t: Tensor) -> Tensor:
         """The teacher's own training weight per sample, on |mu - x0|^2. (B,) float64."""
         alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)

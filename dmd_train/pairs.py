@@ -1,7 +1,7 @@
 """Noise and the teacher's image from it, for the regression objective (DMD section 3.3)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,42 +55,60 @@ def shard_size(shape: tuple[int, int, int]) -> int:
     return max(4, min(500, BYTES // (4 * torch.Size(shape).numel())))
 
 
+Sample = Callable[[Tensor, Tensor, int], Tensor]
+"""A deterministic sampler of some teacher: noise (N, C, H, W) ~ N(0, I), rows (N,) of the
+conditions, the first one's number among the pairs -> x0 (N, C, H, W) in the network's scale."""
+
+
 def make_pairs(
     folder: Path,
-    teacher: Network,
+    total: int,
+    seed: int,
+    shape: tuple[int, int, int],
     conditions: Conditions,
-    config: Config,
+    batch_size: int,
     origin: str,
-    processes: Processes,
+    sample: Sample,
+    processes: Processes | None = None,
 ) -> Iterator[int]:
-    """Make config.pairs into `folder`, deterministically, yielding how many there are.
+    """Make `total` pairs into `folder`, deterministically, yielding how many there are.
 
-    Pair i is a function of (config.seed, i). Stored in float16. `origin` names the teacher and the
-    conditions: pairs of another origin are not mixed in.
+    Pair i is a function of (seed, i). Stored in float16. `origin` names the teacher, the
+    conditions and how it is sampled: pairs of another origin are not mixed in.
     """
-    made_by = ("seed", "pair_sampler", "pair_steps", "guidance", "resolution")
-    origin = json.dumps([origin, *(getattr(config, key) for key in made_by)])
     cpu = torch.device("cpu")
 
     def make(numbers: range) -> dict[str, Tensor]:
-        gens = [generator(cpu, config.seed, "pair", i) for i in numbers]
+        gens = [generator(cpu, seed, "pair", i) for i in numbers]
         row = torch.cat([conditions.rows(1, gen) for gen in gens])
-        noise = torch.stack([randn(teacher.shape, gen) for gen in gens]).half().float()
-        images = []
-        for z, rows in zip(*(x.split(config.pair_batch_size) for x in (noise, row)), strict=True):
-            condition = conditions.take(rows, teacher.device)
-            image = sample_teacher(
-                teacher,
-                z.to(teacher.device),
-                condition,
-                config.pair_sampler,
-                config.pair_steps,
-                config.guidance,
-            )
-            images.append(image.cpu())
-        seed = torch.tensor([stream_seed(config.seed, "pair", i) for i in numbers])
-        return {"seed": seed, "row": row, "noise": noise.half(), "image": torch.cat(images).half()}
+        noise = torch.stack([randn(shape, gen) for gen in gens]).half().float()
+        firsts = numbers[::batch_size]
+        batches = zip(noise.split(batch_size), row.split(batch_size), firsts, strict=True)
+        images = [sample(z, rows, first).cpu() for z, rows, first in batches]
+        seeds = torch.tensor([stream_seed(seed, "pair", i) for i in numbers])
+        return {"seed": seeds, "row": row, "noise": noise.half(), "image": torch.cat(images).half()}
 
-    size = shard_size(teacher.shape)
-    rank, count = processes.rank, processes.count
-    yield from make_shards(folder, config.pairs, size, origin, make, rank, count)
+    rank, count = (processes.rank, processes.count) if processes else (0, 1)
+    yield from make_shards(folder, total, shard_size(shape), origin, make, rank, count)
+
+
+def teacher_sample(teacher: Network, conditions: Conditions, config: Config) -> Sample:
+    """The teacher's sampling by the engine, as the config has it."""
+
+    def sample(noise: Tensor, rows: Tensor, first: int) -> Tensor:
+        return sample_teacher(
+            teacher,
+            noise.to(teacher.device),
+            conditions.take(rows, teacher.device),
+            config.pair_sampler,
+            config.pair_steps,
+            config.guidance,
+        )
+
+    return sample
+
+
+def origin_of(made_from: str, config: Config) -> str:
+    """The origin of pairs by `teacher_sample`. made_from: names the teacher and the conditions."""
+    made_by = ("seed", "pair_sampler", "pair_steps", "guidance", "resolution")
+    return json.dumps([made_from, *(getattr(config, key) for key in made_by)])

@@ -15,8 +15,8 @@ from .network import Network
 from .networks import Loaded
 from .networks.edm import EDMNetwork
 from .objectives import Distance, pseudo_huber
-from .pairs import Pairs, make_pairs
-from .presets import PRESETS
+from .pairs import Pairs, make_pairs, origin_of, teacher_sample
+from .presets import PRESETS, presets_for
 from .processes import Processes
 from .prompts import encode_prompts, fits_on_disk, read_prompts, too_long
 from .shards import Shards
@@ -26,12 +26,11 @@ from .trackers import require_trackers
 
 def require_possible(config: Config, loaded: Loaded) -> None:
     """Raises UserError for what would stop the run only once prompts and pairs are made."""
-    families = PRESETS[config.preset].families
-    if loaded.network.family not in families:
-        fitting = [name for name, p in PRESETS.items() if loaded.network.family in p.families]
+    families, family = PRESETS[config.preset].families, loaded.network.family
+    if families and family not in families:
         raise UserError(
             f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "
-            f"{loaded.network.family}. Choose one of {', '.join(fitting)}."
+            f"{family}. Choose one of {', '.join(presets_for(family))}."
         )
     require_trackers(config)
     require_optimizer(config)
@@ -53,7 +52,7 @@ def make_conditions(
     if not fits_on_disk(prompts, encoder):
         return Prompts(prompts, encoder)
     if processes.is_main:
-        made = encode_prompts(run.text, prompts, encoder, _origin(loaded, prompts))
+        made = encode_prompts(run.text, prompts, encoder, made_from(loaded, prompts))
         _progress("prompts", made, len(prompts), stop)
     processes.wait()
     encoder.to(torch.device("cpu"))
@@ -69,9 +68,19 @@ def make_run_pairs(
 ) -> Pairs:
     """The pairs in run.pairs, made where they are not there yet; each process makes its part."""
     prompts = conditions.prompts if isinstance(conditions, Prompts) else []
-    origin = _origin(loaded, prompts)
-    made = make_pairs(run.pairs, loaded.network, conditions, run.config, origin, processes)
-    _progress("pairs", made, run.config.pairs, stop)
+    config = run.config
+    made = make_pairs(
+        run.pairs,
+        config.pairs,
+        config.seed,
+        loaded.network.shape,
+        conditions,
+        config.pair_batch_size,
+        origin_of(made_from(loaded, prompts), config),
+        teacher_sample(loaded.network, conditions, config),
+        processes,
+    )
+    _progress("pairs", made, config.pairs, stop)
     processes.wait()
     return Pairs(Shards(run.pairs))
 
@@ -87,7 +96,7 @@ def _progress(what: str, made: Iterator[int], total: int, stop: StopRequest) -> 
                 stop.exit()
 
 
-def _origin(loaded: Loaded, prompts: list[str]) -> str:
+def made_from(loaded: Loaded, prompts: list[str]) -> str:
     """Names the teacher and the prompts."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     return f"{loaded.sha256} {digest}"

@@ -15,7 +15,7 @@ class Choice(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """families: of the teachers it is for."""
+    """families: of the teachers it is for; none: it is for any."""
 
     families: tuple[str, ...]
     about: str
@@ -93,6 +93,16 @@ SDXL = {
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 
+ANY = {
+    "micro_batch_size": Choice(1, "other models are mostly larger: " + ONE_GPU),
+    "learning_rate": Choice(5e-5, "D2 B.5, LoRA for SDXL; untuned"),
+    "critic_updates": Choice(10, "D2 B.5, SD 1.5; untuned, of the two published the safer"),
+    "lora_rank": Choice(32, "as for SDXL; untuned"),
+    "guidance": Choice(4.5, "SD3.5 large's own; untuned. Models told their guidance (Flux): 1"),
+    "pair_sampler": Choice("euler", "all that flow models have here; others have it too"),
+    "pair_steps": Choice(28, "SD3 medium's, in SD3.5's reference code"),
+}
+
 PAPER = SD_FULL | {
     "optimizer": Choice("adamw", "D1"),
     "steps": Choice(20000, "D1 B.3, LAION 6.25+"),
@@ -132,6 +142,15 @@ PRESETS: dict[str, Preset] = {
         "SDXL, three networks, several GPUs; warms up on pairs",
         SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
     ),
+    "any-one-step-lora": Preset(
+        (), "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
+    ),
     "sd15-paper": Preset(("sd1",), "DMD as published: pairs and LPIPS, a cluster", PAPER),
     "sd15-dmd2": Preset(("sd1",), "DMD2's first stage as published, a cluster", DMD2),
 }
+
+
+def presets_for(family: str) -> list[str]:
+    """Those that name the family; where none does, those for any."""
+    own = [name for name, preset in PRESETS.items() if family in preset.families]
+    return own or [name for name, preset in PRESETS.items() if not preset.families]

@@ -24,6 +24,14 @@ ON_DISK = 4 << 30
 def read_prompts(path: Path | None) -> list[str]:
     """One a line, each once; None: the shipped list. Raises UserError for a file without any."""
     path = path or SHIPPED
+    prompts = prompts_in(read_text(path))
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts. Write one a line, or leave `prompts` out.")
+    return prompts
+
+
+def read_text(path: Path) -> str:
+    """Raises UserError for what is no text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -32,10 +40,12 @@ def read_prompts(path: Path | None) -> list[str]:
         raise UserError(f"{path}: {error.strerror}. Write one prompt a line into it.") from None
     if "\0" in text:
         raise UserError(f"{path}: not a text file. Write one prompt a line.")
-    prompts = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
-    if not prompts:
-        raise UserError(f"{path}: holds no prompts. Write one a line, or leave `prompts` out.")
-    return prompts
+    return text
+
+
+def prompts_in(text: str) -> list[str]:
+    """One a line, each once; blank lines and the blanks around a prompt do not count."""
+    return list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
 
 
 def too_long(prompts: list[str], encoder: "TextEncoder", path: Path | None) -> str | None:

@@ -24,6 +24,8 @@ Layout = Literal[
     "diffusers UNet",
     "LDM UNet",
     "LDM single file",
+    "diffusion model",
+    "single file",
     "EDM class-conditional",
     "kohya LoRA",
     "PEFT LoRA",
@@ -36,10 +38,13 @@ FAMILY_NAMES = {
     "sdxl": "SDXL",
     "edm-imagenet64": "ImageNet-64",
 }
+"""Those whose networks dmd_train has itself. A student of another is of one that ComfyUI has."""
 UNETS = {(768, False): "sd1", (1024, False): "sd2", (2048, True): "sdxl"}
 """(width of the text context, whether there is a pooled embedding) -> family."""
 LORAS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Input width of the cross-attention's keys -> family."""
+OUR_LORA = re.compile(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
+"""Every key of a LoRA of ours for a family of ComfyUI's."""
 
 FOREIGN = {
     r"(real_unet|fake_unet|cls_pred_branch)\.": "DMD2's guidance network, which only training "
@@ -61,7 +66,7 @@ NODES: dict[Kind, str] = {"checkpoint": "Load DMD Checkpoint", "LoRA": "Load DMD
 ACCEPTED: dict[Kind | None, str] = {
     "checkpoint": "an SD 1.x, SD 2.x or SDXL checkpoint or UNet, DMD2's ImageNet-64 generator, "
     "or a file written by dmd_train",
-    "LoRA": "a kohya or PEFT LoRA for SD 1.x, SD 2.x or SDXL",
+    "LoRA": "a kohya or PEFT LoRA for SD 1.x, SD 2.x or SDXL, or one that DMD Distill made",
 }
 ACCEPTED[None] = f"{ACCEPTED['checkpoint']}; or {ACCEPTED['LoRA']}"
 
@@ -128,7 +133,7 @@ def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | N
         layout: Layout = "our student" if recipe else "our teacher"
         return Found("checkpoint", layout, family, recipe, recipe.license if recipe else license)
     told = recipe.family if recipe else None
-    known = _lora(shapes, told) or _edm(shapes) or _unet(shapes, told)
+    known = _of_comfyui(shapes, told) or _lora(shapes, told) or _edm(shapes) or _unet(shapes, told)
     if known is None:
         return None
     layout, family = known
@@ -140,9 +145,21 @@ def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | N
         family,
         recipe,
         recipe.license if recipe else license,
-        text_encoder=_any_starts(shapes, "cond_stage_model.", "conditioner."),
-        vae=_any_starts(shapes, "first_stage_model."),
+        text_encoder=_any_starts(shapes, "cond_stage_model.", "conditioner.", "text_encoders."),
+        vae=_any_starts(shapes, "first_stage_model.", "vae."),
     )
+
+
+def _of_comfyui(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
+    """A student of ours whose network ComfyUI alone has. told: the family by its own recipe."""
+    if told is None or told in FAMILY_NAMES:
+        return None
+    if all(OUR_LORA.fullmatch(key) for key in shapes):
+        return "kohya LoRA", told
+    if not _any_starts(shapes, LDM):
+        return None
+    alone = all(key.startswith(LDM) for key in shapes)
+    return "diffusion model" if alone else "single file", told
 
 
 def _lora(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:

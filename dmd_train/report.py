@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
-import numpy as np
 import torch
-from einops import rearrange
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
@@ -21,62 +19,17 @@ from .network import Network
 from .objectives import DistributionMatching
 from .recipe import Recipe
 from .sample import sample_student, sample_teacher, step_noise
+from .sheet import COLUMNS, GAP, grid, stack
 
 if TYPE_CHECKING:
     from .metrics import SamplerNumbers
 
 matplotlib.use("agg")
 
-COLUMNS = 10
-"""Pictures in a row of a sheet: ten classes."""
-
-LABEL_HEIGHT = 16
-GAP = 2
-"""White pixels around each picture of a sheet."""
-
 LARGE, FEW = 1 << 13, 4
 """From so many values a sample is large, and a sheet shows only a few."""
 
 GRADIENT_TIMESTEP = 500
-
-TARGET_SIZE = 64
-"""Small pictures are enlarged, by a whole factor, to at least this many pixels."""
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1], C 1 or 3 -> (N, H, W, 3) uint8."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return rearrange(scaled.expand(-1, 3, -1, -1), "n c h w -> n h w c").numpy()
-
-
-def picture(image: Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1] -> RGB, pixel for pixel."""
-    return Image.fromarray(to_uint8(image[None])[0])
-
-
-def grid(images: Tensor, columns: int = COLUMNS, size: int = TARGET_SIZE) -> Image.Image:
-    """(N, C, H, W) in [-1, 1] -> rows of `columns`, small pictures enlarged to `size` pixels."""
-    pixels = to_uint8(images)
-    factor = max(1, -(-size // pixels.shape[2]))
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    pixels = np.pad(pixels, ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
-    blank = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
-    whole = np.concatenate([pixels, blank])
-    return Image.fromarray(rearrange(whole, "(r c) h w k -> (r h) (c w) k", c=columns))
-
-
-def stack(rows: list[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures of one width below each other, each under its caption."""
-    width = max(image.width for _, image in rows)
-    height = sum(image.height + LABEL_HEIGHT for _, image in rows)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    top = 0
-    for caption, image in rows:
-        draw.text((4, top + 2), caption, fill="black")
-        sheet.paste(image, (0, top + LABEL_HEIGHT))
-        top += LABEL_HEIGHT + image.height
-    return sheet
 
 
 def save_picture(path: Path, image: Image.Image) -> None:

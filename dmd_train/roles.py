@@ -41,7 +41,8 @@ def _trained_copy(teacher: Network, processes: Processes) -> Role:
     network = teacher.copy()
     network.module.eval().float().requires_grad_(True)
     processes.shard(network.module)
-    return Role(network, dict(network.module.named_parameters()))
+    named = network.module.named_parameters()
+    return Role(network, {network.canonical_name(name): p for name, p in named})
 
 
 def two_adapters(teacher: Network, rank: int, alpha: float, seed: int) -> Roles:

@@ -1,5 +1,6 @@
-"""Sampling: the student by its recipe, the teacher by Heun or a scheduler of diffusers'."""
+"""Sampling: the student by its recipe, the teacher by Heun, Euler or a scheduler of diffusers'."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .network import Condition, Network, guided_x0
-from .noise import EDM, VP, Noise, per_sample
+from .noise import EDM, VP, Flow, Noise, per_sample
 from .recipe import Recipe
 from .seeding import generator, randn
 
@@ -76,6 +77,25 @@ def sample_heun(
     raise ValueError("steps must be at least 1")
 
 
+@torch.no_grad()
+def sample_euler(
+    network: Network, z: Tensor, condition: Condition, steps: int, guidance: float
+) -> Tensor:
+    """Euler steps of a rectified flow, dx = u dsigma: x' = alpha' mu + sigma' eps_hat. steps NFE.
+
+    z: (B, C, H, W) ~ N(0, I). The grid is even in the timestep: from the last one, a student's,
+    down to -1, which is x0 itself (Flux's own: black-forest-labs/flux, get_schedule).
+    """
+    timesteps = torch.linspace(network.noise.last, -1, steps + 1, dtype=torch.float64)
+    x = network.noise.start_scale * z
+    for timestep, following in pairwise(timesteps.to(z.device)):
+        t, t_next = timestep.expand(len(x)), following.expand(len(x))
+        mu = guided_x0(network, x, t, condition, guidance)
+        alpha, sigma = per_sample(network.noise.alpha(t)), per_sample(network.noise.sigma(t))
+        x = network.noise.add(mu, (x - alpha * mu) / sigma, t_next)
+    return x
+
+
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
     "ddim": ("DDIMScheduler", {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}),
@@ -121,16 +141,20 @@ def sample_teacher(
     """By name; see Config.pair_sampler. Raises UserError if the network has no such sampler."""
     if isinstance(network.noise, VP):
         return sample_scheduler(network, z, condition, sampler, steps, guidance)
-    if sampler != "heun":
-        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have heun alone.")
-    return sample_heun(network, z, condition, steps, guidance)
+    is_flow = isinstance(network.noise, Flow)
+    own, sample = ("euler", sample_euler) if is_flow else ("heun", sample_heun)
+    if sampler != own:
+        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have {own} alone.")
+    return sample(network, z, condition, steps, guidance)
 
 
 USUAL: dict[type[Noise], tuple[str, int, float]] = {
     EDM: ("heun", HEUN_STEPS, 1.0),
     VP: ("pndm", 50, 7.5),
+    Flow: ("euler", 28, 4.5),
 }
-"""Sampler, steps and guidance of a teacher: EDM table 2; Stable Diffusion's own."""
+"""Sampler, steps and guidance of a teacher: EDM table 2; Stable Diffusion's own; those that the
+reference code of SD3.5 (Stability-AI/sd3.5, sd3_infer.py) names for SD3 medium and SD3.5 large."""
 
 
 @torch.no_grad()

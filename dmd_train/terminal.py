@@ -81,14 +81,8 @@ def watch(
                 run.notes.clear()
                 progress.reset(task, completed=report.step)
             if report.step % LOG_EVERY == 0:
-                progress.update(task, note=_losses(report))
+                progress.update(task, note=report.losses())
             progress.update(task, completed=report.step)
             if processes.any(stop.signal is not None):
                 return report.step < run.config.steps
     return False
-
-
-def _losses(report: StepReport) -> str:
-    named = {name.split("/")[1]: value for name, value in report.numbers().items()}
-    shown = {"distribution_matching": "dm", "regression": "reg", "denoising": "critic"}
-    return "  ".join(f"{shown[name]} {named[name]:.3f}" for name in shown if name in named)

@@ -3,9 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .class_label import DMDClassLabel
+from .compare import DMDCompare
+from .distil import DMDContinueRun, DMDDistill
 from .load import LoadDMDCheckpoint, LoadDMDLoRA
 from .model_files import register_students
+from .prompts import DMDPrompts
 from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
+from .save_student import DMDSaveStudent
+from .teacher_pairs import DMDTeacherPairs
 
 register_students()
 
@@ -19,4 +24,10 @@ class DMDOneStep(ComfyExtension):
             DMDOneStepSampler,
             DMDEmptyLatent,
             DMDClassLabel,
+            DMDCompare,
+            DMDSaveStudent,
+            DMDPrompts,
+            DMDTeacherPairs,
+            DMDDistill,
+            DMDContinueRun,
         ]

@@ -78,7 +78,7 @@ def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:
                     f"pip install -r {PACK / 'requirements.txt'}"
                 ) from None
             return edm_model(network), None, pixel_vae(network.shape[0])
-        case "LDM single file":
+        case "LDM single file" | "single file":
             embeddings = folder_paths.get_folder_paths("embeddings")
             model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
                 str(path),

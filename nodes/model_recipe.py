@@ -1,5 +1,6 @@
 """A recipe on a ComfyUI MODEL: kept as an attachment, made true by its model_sampling."""
 
+import math
 from collections.abc import Sequence
 
 import comfy.model_base
@@ -9,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train.errors import UserError
+from ..dmd_train.noise import TIMESTEPS
 from ..dmd_train.recipe import Recipe
 from .class_label import EDMConfig
 
@@ -55,8 +57,9 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
 
     Stock samplers start at sigma_max with noise of variance 1 + sigma_max^2, which the model's
     input scaling makes unit variance. A student conditioned at t < 999 therefore needs a schedule
-    that ends at its t: the noisiest sigma is then sigma(t), and its input N(0, I).
-    Raises UserError if the MODEL is of another family, or of a kind that has no timesteps.
+    that ends at its t: the noisiest sigma is then sigma(t), and its input N(0, I). A flow starts
+    from N(0, I) at sigma = 1, which is t = 999, as it is.
+    Raises UserError if the MODEL is of another family, or of a kind that has no such timesteps.
     """
     is_edm = model.model.model_type == comfy.model_base.ModelType.EDM
     family = family_of(model)
@@ -68,9 +71,11 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
         )
     if not is_edm and recipe.family != family:
         raise UserError(f"the recipe is for {recipe.family}, the model is {family}")
+    if recipe.prediction == "flow":
+        _require_flow(model, recipe)
     patched = model.clone()
     patched.set_attachments(ATTACHMENT, recipe)
-    if is_edm:
+    if recipe.prediction in ("edm", "flow"):
         return patched
     base = patched.model
     sampling = comfy.model_base.model_sampling(base.model_config, base.model_type)
@@ -81,9 +86,30 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
     return patched
 
 
+def _require_flow(model: ModelPatcher, recipe: Recipe) -> None:
+    """Raises UserError where stock samplers do not start this recipe from N(0, I) at sigma = 1."""
+    family = family_of(model)
+    if recipe.timesteps != (TIMESTEPS - 1,):
+        told = ", ".join(map(str, recipe.timesteps))
+        raise UserError(
+            f"the recipe is for t = {told}, but a flow model ({family}) has one step at "
+            f"t = {TIMESTEPS - 1} alone: use a student with that recipe"
+        )
+    sampling = model.get_model_object("model_sampling")
+    is_flow = type(sampling).noise_scaling is comfy.model_sampling.CONST.noise_scaling
+    scale = getattr(sampling, "noise_scale", 1.0)  # newer than 0.3.75
+    starts_at_1 = math.isclose(float(sampling.sigma_max), 1, rel_tol=1e-5)  # shifts round
+    if not is_flow or not starts_at_1 or scale != recipe.noise_scale:
+        raise UserError(
+            f"the recipe starts from noise of {recipe.noise_scale:g} at sigma = 1, and the model "
+            f"({family}) does not: take the model that the student was made from"
+        )
+
+
 def sigmas_of(model: ModelPatcher, recipe: Recipe) -> torch.Tensor:
     """The recipe's noise levels on the MODEL's own schedule, and the zero that ends them."""
     table = model.get_model_object("model_sampling").sigmas
-    # a continuous EDM schedule has its own table; only its noisiest end is a student's timestep
-    chosen = [table[-1]] if recipe.prediction == "edm" else [table[t] for t in recipe.timesteps]
+    # tables of EDM and flow have any length; only their noisiest end is a student's timestep
+    is_last = recipe.prediction in ("edm", "flow")
+    chosen = [table[-1]] if is_last else [table[t] for t in recipe.timesteps]
     return torch.stack([*chosen, torch.zeros_like(chosen[0])]).cpu()

@@ -1,5 +1,7 @@
 """DMD Model Sampling (a recipe on a MODEL) and DMD One-Step Sampler (the recipe, carried out)."""
 
+from collections.abc import Callable
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -105,6 +107,34 @@ class ConditionalGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({"positive": positive})
 
 
+def sample_by_recipe(
+    model: ModelPatcher,
+    noise: torch.Tensor,
+    positive: list,
+    seed: int,
+    callback: Callable[..., None],
+    latent: torch.Tensor | None = None,
+    noise_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), by the MODEL's own recipe.
+
+    latent: counts where noise_mask keeps it. seed: of the noise between steps.
+    """
+    guider = ConditionalGuider(model)
+    guider.set_conds(positive)
+    sampled = guider.sample(
+        noise,
+        torch.zeros_like(noise) if latent is None else latent,
+        dmd_sampler(),
+        sigmas_of(model, needed_recipe(model)),
+        denoise_mask=noise_mask,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+    )
+    return sampled.to(comfy.model_management.intermediate_device())
+
+
 class DMDOneStepSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -156,38 +186,32 @@ class DMDOneStepSampler(io.ComfyNode):
         if "noise_mask" not in given:
             samples = torch.zeros_like(samples)  # a student starts from noise alone
         noise = comfy.sample.prepare_noise(samples, seed, given.get("batch_index"))
-        guider = ConditionalGuider(model)
-        guider.set_conds(positive)
-        sampled = guider.sample(
-            noise,
-            samples,
-            dmd_sampler(),
-            sigmas_of(model, recipe),
-            denoise_mask=given.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, recipe.nfe),
-            disable_pbar=True,
-            seed=seed,
+        callback = latent_preview.prepare_callback(model, recipe.nfe)
+        sampled = sample_by_recipe(
+            model, noise, positive, seed, callback, samples, given.get("noise_mask")
         )
-        device = comfy.model_management.intermediate_device()
-        return io.NodeOutput(given | {"samples": sampled.to(device)})
+        return io.NodeOutput(given | {"samples": sampled})
+
+
+def side_inputs() -> list[io.Input]:
+    """Width and height."""
+    return [
+        io.Int.Input(
+            side,
+            default=0,
+            min=0,
+            max=16384,
+            step=8,
+            tooltip="In pixels. 0: the size the model was made for.",
+        )
+        for side in ("width", "height")
+    ]
 
 
 def size_inputs() -> list[io.Input]:
     """Width, height and batch size, as two nodes have them."""
-    return [
-        *(
-            io.Int.Input(
-                side,
-                default=0,
-                min=0,
-                max=16384,
-                step=8,
-                tooltip="In pixels. 0: the size the model was made for.",
-            )
-            for side in ("width", "height")
-        ),
-        io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures at once."),
-    ]
+    batch = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures at once.")
+    return [*side_inputs(), batch]
 
 
 def empty_latent(model: ModelPatcher, width: int, height: int, batch_size: int) -> torch.Tensor:

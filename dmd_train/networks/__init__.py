@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import DIGITS, Config
+from ..config import CANVAS, DIGITS, Config
 from ..errors import UserError
 from ..files import hash_of, write_safetensors
 from ..network import NETWORK_KEY, Network
 from ..recipe import Recipe
-from ..recognise import Found, recognise
+from ..recognise import FAMILY_NAMES, NODES, Found, recognise
 from ..weights import peek, read_weights
 from .edm import EDMNetwork
 
@@ -42,14 +42,22 @@ class Loaded:
 
 
 def load_teacher(config: Config, device: torch.device) -> Loaded:
-    """What config.teacher names: 'digits', a file, or a diffusers folder."""
+    """What config.teacher names: 'digits', a file, or a diffusers folder.
+
+    Raises UserError for a MODEL of ComfyUI's, which is no file.
+    """
     path = Path(config.teacher)
+    if config.teacher.startswith(CANVAS):
+        raise UserError(
+            f"teacher: {config.teacher} was wired in ComfyUI, with what was patched into it. Go on "
+            "there, with DMD Continue Run."
+        )
     if config.teacher == DIGITS or _is_edm(path):
         return load(config.teacher, device)
     from .sd_load import load_sd_teacher
 
     # a student is refused here, and not looked for the base it was made from
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    half = config.half(device)
     # full training copies the weights before it halves them
     dtype = torch.bfloat16 if half and config.training == "lora" else torch.float32
     return load_sd_teacher(path, device, half, config.resolution, config.decoder, dtype)
@@ -68,6 +76,11 @@ def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:
         if found.layout in EDM_LAYOUTS:
             network = _edm(path, found, metadata, device)
             return Loaded(network, found.recipe, path.stem, hash_of(path))
+        if found.family not in FAMILY_NAMES:
+            raise UserError(
+                f"{path}: a student of {found.family}, which ComfyUI has and this package has not. "
+                f"Open it there with {NODES[found.kind]}."
+            )
     from .sd_load import load_sd_student, load_sd_teacher
 
     if found and (found.recipe or found.kind == "LoRA"):

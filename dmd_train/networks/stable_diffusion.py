@@ -5,6 +5,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, autocast
 from torch.nn import Module
 
+from ..adapters import UNET_LAYERS
 from ..errors import UserError
 from ..network import Condition, Network
 from ..noise import VP, Prediction, x0_from
@@ -26,11 +27,7 @@ class StableDiffusion(Network):
 
     module: UNet2DConditionModel
     file_dtype = torch.float16
-    lora_targets = (
-        r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|"
-        r"conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)"
-    )
-    """DMD2's (B.5)."""
+    lora_targets = UNET_LAYERS
 
     def __init__(
         self,

@@ -15,10 +15,11 @@ from unit.adm import adm_state
 from unit.tiny import recipe
 
 from dmd_train import networks
+from dmd_train.config import make_config
 from dmd_train.errors import UserError
 from dmd_train.known_recipes import DMD2_LICENSE, PRESETS
 from dmd_train.networks.digits import digits_network
-from dmd_train.recipe import RECIPE_KEY
+from dmd_train.recipe import RECIPE_KEY, Recipe
 from dmd_train.recognise import Found, recognise
 from dmd_train.student import write_student
 from dmd_train.weights import peek, read_weights
@@ -178,6 +179,88 @@ def test_a_licence_in_the_metadata_of_a_foreign_file_is_shown(tmp_path: Path) ->
     metadata = {"modelspec.license": "OpenRAIL++-M"}
     path = write(tmp_path / "a.safetensors", publishers.diffusers_unet("sdxl"), metadata)
     assert found_in(path).summary.endswith("licence OpenRAIL++-M")
+
+
+def flow_recipe(family: str = "SD3") -> Recipe:
+    """Of a student made in ComfyUI, of a family that ComfyUI alone has."""
+    return recipe(family=family, prediction="flow", noise_scale=1.0, license="MIT")
+
+
+FLOW_LORA = {
+    f"lora_unet_joint_blocks_0_x_block_attn_qkv.{part}": torch.zeros(shape)
+    for part, shape in (("lora_down.weight", (2, 8)), ("lora_up.weight", (8, 2)), ("alpha", ()))
+}
+FLOW_MODEL = {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "told"),
+    [
+        (FLOW_LORA, "LoRA", "kohya LoRA"),
+        (FLOW_MODEL, "checkpoint", "diffusion model"),
+        (FLOW_MODEL | {"vae.x": torch.zeros(1)}, "checkpoint", "single file with VAE"),
+        (
+            FLOW_MODEL
+            | {"text_encoders.clip_l.x": torch.zeros(1), "first_stage_model.x": torch.zeros(1)},
+            "checkpoint",
+            "single file with CLIP and VAE",
+        ),
+    ],
+)
+def test_a_student_of_a_family_of_comfyuis_is_recognised_by_the_recipe_in_its_file(
+    tmp_path: Path, weights: dict[str, torch.Tensor], kind: str, told: str
+) -> None:
+    metadata = flow_recipe().to_metadata("title", (16, 64, 64))
+    found = found_in(write(tmp_path / "a.safetensors", weights, metadata), kind)
+    assert (found.kind, found.family, found.recipe) == (kind, "SD3", flow_recipe())
+    assert found.summary == f"SD3, {told}: 1 step at t = 999; licence MIT"
+
+
+def test_without_its_recipe_such_a_file_is_anybodys_and_refused(tmp_path: Path) -> None:
+    assert "a LoRA for another model" in refused(write(tmp_path / "a.safetensors", FLOW_LORA))
+    assert "an SD3 model" in refused(write(tmp_path / "b.safetensors", FLOW_MODEL))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"lora_unet_joint_blocks_0_x_block_attn_qkv.hada_w1_a": torch.zeros(2, 8)},
+        FLOW_LORA | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())},
+        {"joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(8, 8)},
+    ],
+    ids=["LyCORIS", "a text encoder's too", "no prefix"],
+)
+def test_a_recipe_in_a_layout_that_is_not_ours_does_not_help(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    metadata = flow_recipe().to_metadata("title", (16, 64, 64))
+    refused(write(tmp_path / "a.safetensors", weights, metadata))
+
+
+def test_widths_like_stable_diffusions_do_not_outweigh_another_family_in_the_recipe(
+    tmp_path: Path,
+) -> None:
+    own = recipe(family="SD15_instructpix2pix", prediction="eps", noise_scale=1.0)
+    metadata = own.to_metadata("title", (4, 64, 64))
+    found = found_in(write(tmp_path / "a.safetensors", publishers.kohya_lora("sd1"), metadata))
+    assert found.family == "SD15_instructpix2pix"
+
+
+@pytest.mark.parametrize("weights", [FLOW_LORA, FLOW_MODEL], ids=["LoRA", "checkpoint"])
+def test_a_student_of_a_family_of_comfyuis_is_sent_there_by_the_command_line(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    metadata = flow_recipe().to_metadata("title", (16, 64, 64))
+    path = write(tmp_path / "a.safetensors", weights, metadata)
+    with pytest.raises(UserError) as caught:
+        networks.load(str(path), torch.device("cpu"))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: a student of SD3, which ComfyUI has")
+    assert "\n" not in message
+    config = make_config({"teacher": str(path), "output": "unused"}, "test")
+    with pytest.raises(UserError, match=str(path)) as caught:
+        networks.load_teacher(config, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
 
 
 def test_our_students_and_teachers_are_told_apart_by_the_recipe(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The student by its recipe, the teacher by Heun, and the pairs for the regression."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from torch import Tensor
 from unit.tiny import Recorded, config, edm_mlp, gaussian, labels, recipe
 
 from dmd_train.conditions import Classes
+from dmd_train.config import Config
 from dmd_train.errors import UserError
 from dmd_train.noise import EDM, VP, Flow, Noise
-from dmd_train.pairs import Pairs, make_pairs
-from dmd_train.processes import Processes
+from dmd_train.pairs import Pairs, make_pairs, origin_of, teacher_sample
 from dmd_train.sample import draw, sample_heun, sample_student, step_noise
 from dmd_train.shards import Shards
 
@@ -164,11 +165,23 @@ def test_a_teacher_is_drawn_by_heun_and_a_student_by_its_recipe() -> None:
     assert torch.equal(draw(network, None, noise, labels(6)), heun)
 
 
+def made_in(folder: Path, settings: Config, made_from: str = "tiny") -> Iterator[int]:
+    return make_pairs(
+        folder,
+        settings.pairs,
+        settings.seed,
+        SHAPE,
+        Classes(3),
+        settings.pair_batch_size,
+        origin_of(made_from, settings),
+        teacher_sample(edm_mlp(SHAPE), Classes(3), settings),
+    )
+
+
 def pairs_folder(folder: Path, name: str, seed: int = 0, guidance: float = 1.0) -> Path:
     settings = config(pairs=20, pair_steps=4, seed=seed, guidance=guidance)
     path = folder / name
-    made = list(make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, "tiny", Processes(CPU)))
-    assert made[-1] == 20
+    assert list(made_in(path, settings))[-1] == 20
     return path
 
 
@@ -222,7 +235,7 @@ def test_a_pair_is_the_same_whatever_it_is_made_together_with(
     monkeypatch.setattr("dmd_train.pairs.BYTES", 1)
     settings = config(pairs=9, pair_steps=4, pair_batch_size=3)
     path = tmp_path / "few"
-    list(make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, "tiny", Processes(CPU)))
+    list(made_in(path, settings))
     assert len(list(path.iterdir())) == 3
     few_rows, few_noise, few_image = whole(Pairs(Shards(path)))
     assert torch.equal(few_rows, row[:9])
@@ -234,6 +247,5 @@ def test_pairs_by_another_teacher_or_another_sampling_are_not_mixed_in(tmp_path:
     path = pairs_folder(tmp_path, "pairs")
     for origin, steps in (("other teacher", 4), ("tiny", 5)):
         settings = config(pairs=20, pair_steps=steps)
-        made = make_pairs(path, edm_mlp(SHAPE), Classes(3), settings, origin, Processes(CPU))
         with pytest.raises(UserError, match="made by another teacher"):
-            list(made)
+            list(made_in(path, settings, origin))

@@ -1,22 +1,25 @@
-"""The teacher's samplers on Stable Diffusion, against diffusers' own loop on the bare UNet."""
+"""The teacher's samplers, against the loop of diffusers' pipelines on the bare network."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
 from torch import Tensor
-from unit.tiny import edm_mlp, labels
+from unit.tiny import Exact, Recorded, edm_mlp, gaussian, labels
 from unit.tiny_sd import SHAPE, Texts, tiny_sd
 
 from dmd_train.errors import UserError
+from dmd_train.network import Condition
 from dmd_train.networks.stable_diffusion import StableDiffusion
-from dmd_train.noise import Prediction
-from dmd_train.sample import sample_teacher
+from dmd_train.noise import Flow, Prediction
+from dmd_train.sample import draw, sample_euler, sample_teacher
 
 CPU = torch.device("cpu")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -67,3 +70,74 @@ def test_a_named_sampler_is_diffusers_with_guidance(sampler: str, prediction: Pr
 def test_a_sampler_that_a_network_has_not_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="pair_sampler: pndm: tiny networks have heun alone"):
         sample_teacher(edm_mlp(), torch.zeros(1, 2, 3, 2), labels(1), "pndm", 4, 1.0)
+
+
+def velocity(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+    """A flow network that nothing simple is true of: u(x_t, sigma, label)."""
+    return torch.sin(3 * x + sigma) - 0.5 * x * sigma + 0.3 * label
+
+
+def flow_teacher(shift: float) -> Exact:
+    """`velocity` as a posterior mean. No condition is label -1."""
+
+    def mean(x: Tensor, _: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        return x - sigma * velocity(x, sigma, condition["label"].view(-1, 1, 1, 1))
+
+    return Exact(mean, (2, 3, 2), Flow(shift))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_euler_on_a_flow_is_diffusers_loop_with_guidance_on_the_velocity(
+    shift: float, steps: int
+) -> None:
+    z = torch.randn(3, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    ours = sample_teacher(flow_teacher(shift), z, labels(3), "euler", steps, 4.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    # as diffusers' Flux pipeline asks for them
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    label, x = labels(3)["label"].view(-1, 1, 1, 1), z
+    for t in scheduler.timesteps:
+        sigma = t / scheduler.config.num_train_timesteps
+        without = velocity(x, sigma, torch.full_like(label, -1))
+        u = without + 4.5 * (velocity(x, sigma, label) - without)
+        x = scheduler.step(u, t, x).prev_sample
+    assert float((ours - x).norm() / x.norm()) < 1e-5
+
+
+def test_euler_begins_at_a_students_timestep_and_ends_exactly_at_the_last_x0() -> None:
+    teacher = Recorded(flow_teacher(3.0))
+    z = torch.randn(2, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    sampled = sample_euler(teacher, z, labels(2), 4, 1.0)
+    assert [call.t.tolist() for call in teacher.calls] == [[t] * 2 for t in (999, 749, 499, 249)]
+    assert torch.equal(teacher.calls[0].x_t, z)
+    last = teacher.calls[-1]
+    assert torch.equal(sampled, teacher.network.predict_x0(last.x_t, last.t, last.condition))
+
+
+def test_euler_follows_the_exact_flow_of_gaussian_data_with_first_order() -> None:
+    """x0 ~ N(m, s^2): x_sigma has mean (1 - sigma) m and variance (1 - sigma)^2 s^2 + sigma^2,
+    so that pure noise z flows to m + s z. Measured: 0.16 at 28 steps, 0.045 at 100, 0.023 at 200.
+    """
+    z = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(steps: int) -> float:
+        teacher = gaussian(0.3, 0.5, noise=Flow(3.0))
+        return (sample_euler(teacher, z, labels(64), steps, 1.0) - 0.3 - 0.5 * z).abs().max().item()
+
+    assert error(28) < 0.2
+    assert error(100) / error(200) == pytest.approx(2, rel=0.1)
+
+
+def test_a_flow_teacher_is_drawn_by_28_euler_steps_at_guidance_4_and_a_half() -> None:
+    teacher = flow_teacher(3.0)
+    z = torch.randn(2, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        draw(teacher, None, [z], labels(2)), sample_euler(teacher, z, labels(2), 28, 4.5)
+    )
+
+
+@pytest.mark.parametrize("sampler", ["heun", "pndm", "dpmpp-2m"])
+def test_a_flow_teacher_has_euler_alone(sampler: str) -> None:
+    with pytest.raises(UserError, match=f"pair_sampler: {sampler}: bare networks have euler alone"):
+        sample_teacher(flow_teacher(3.0), torch.zeros(1, 2, 3, 2), labels(1), sampler, 4, 1.0)

@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
+from .conditions import CONDITION_NODES
+
+from .student import ShowText, Student
+
 
 def condition(seed: int, width: int) -> torch.Tensor:
     """What Probe_Conditioning gives: (1, 77, width) float32, or for tests to compute beside it."""
@@ -279,4 +283,6 @@ NODE_CLASS_MAPPINGS = {
     "Probe_Sigmas": Sigmas,
     "Probe_UnetNames": UnetNames,
     "Probe_Any": Any_,
-}
+    "Probe_Student": Student,
+    "Probe_ShowText": ShowText,
+} | CONDITION_NODES

@@ -1,0 +1,317 @@
+"""DMD Compare: teacher and student on the same noise, side by side, with what a picture cost."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from comfy_api.latest import io, ui
+from latent_preview import Latent2RGBPreviewer
+from torch import Tensor
+
+from ..dmd_train.errors import UserError
+from ..dmd_train.sheet import COLUMNS, grid, stack
+from .conditions import rows_of
+from .model_recipe import family_of
+from .progress import EVERY, Progress, say
+from .sampling import empty_latent, needed_recipe, sample_by_recipe, side_inputs
+
+ONE_EVALUATION = {"steps": 1, "sampler_name": "euler", "scheduler": "simple"}
+
+PICTURE_SIZE = 128
+"""Smaller pictures are enlarged, by a whole factor, to at least this many pixels."""
+
+
+class DMDCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DMD_Compare",
+            display_name="DMD Compare",
+            category="DMD One-Step",
+            description="Teacher and student side by side, each pair from the same noise and "
+            "condition, with the network evaluations (NFE) and the seconds an image of this run.",
+            inputs=[
+                io.Model.Input("teacher", tooltip="The many-step model that the student is of."),
+                io.Model.Input(
+                    "student",
+                    tooltip="From DMD Distill, Load DMD Checkpoint, Load DMD LoRA or DMD Model "
+                    "Sampling: it is sampled by its own recipe.",
+                ),
+                io.Conditioning.Input(
+                    "conditions",
+                    tooltip="Prompts (several joined by Conditioning (Combine)) or class labels: "
+                    "picture i gets condition i, round and round.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same noise as in KSampler, for both rows.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip=f"Pictures of each model. 0: one a condition, at most {COLUMNS}.",
+                ),
+                io.Int.Input(
+                    "teacher_steps",
+                    default=30,
+                    min=1,
+                    max=1000,
+                    tooltip="Of the teacher; the student has its own number.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Of the teacher. 1: no guidance, half the evaluations, no negative "
+                    "needed. The student has its guidance in its weights.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="dpmpp_2m",
+                    tooltip="Of the teacher. heun for the digits.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="karras",
+                    tooltip="Of the teacher.",
+                ),
+                *side_inputs(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Of the teacher, where cfg is above 1: an empty prompt, or DMD Class "
+                    "Label with no class.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Without it: the latents' preview colours; of a model that draws "
+                    "pixels, the picture itself.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="One sheet: the teacher's pictures above the student's.")
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        teacher: ModelPatcher,
+        student: ModelPatcher,
+        conditions: list,
+        seed: int,
+        count: int,
+        teacher_steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        width: int,
+        height: int,
+        negative: list | None = None,
+        vae: VAE | None = None,
+    ) -> io.NodeOutput:
+        recipe = needed_recipe(student)
+        require_alike(teacher, student)
+        if cfg != 1 and negative is None:
+            raise UserError(
+                f"cfg: {cfg:g} is guidance away from a negative prompt, and there is none: wire "
+                "negative, or set cfg to 1"
+            )
+        prompts = [[row] for row in rows_of(conditions)]
+        count = count or min(len(prompts), COLUMNS)
+        empty = empty_latent(student, width, height, count)
+        empty = comfy.sample.fix_empty_latent_channels(student, empty)
+        noise = comfy.sample.prepare_noise(empty, seed)
+        guided = partial(by_ksampler, negative=negative, cfg=cfg, seed=seed)
+        plain = partial(by_ksampler, negative=None, cfg=1.0, seed=seed)
+        rows = (
+            measured(
+                Progress("teacher's step", count * teacher_steps, cls.hidden.unique_id),
+                Counted(teacher),
+                partial(guided, **ONE_EVALUATION),
+                partial(
+                    guided, steps=teacher_steps, sampler_name=sampler_name, scheduler=scheduler
+                ),
+                noise,
+                prompts,
+            ),
+            measured(
+                Progress("student's step", count * recipe.nfe, cls.hidden.unique_id),
+                Counted(student),
+                partial(plain, **ONE_EVALUATION),
+                partial(sample_by_recipe, seed=seed),
+                noise,
+                prompts,
+            ),
+        )
+        settings = f"{sampler_name}, {scheduler}, {teacher_steps} steps, cfg {cfg:g}"
+        captions = (
+            f"teacher: {rows[0].cost} ({settings})",
+            f"student: {rows[1].cost}, {how_much_faster(rows[0].seconds / rows[1].seconds)}",
+        )
+        if vae:
+            say("decoding", cls.hidden.unique_id)
+        latents = torch.cat([row.latents for row in rows])
+        images = decoded(latents, vae) if vae else previewed(latents, student)
+        grids = [grid(row, min(count, COLUMNS), PICTURE_SIZE) for row in images.split(count)]
+        sheet = stack(list(zip(captions, grids, strict=True)))
+        image = torch.from_numpy(np.array(sheet))[None] / 255
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | {"text": captions}
+        return io.NodeOutput(image, ui=shown)
+
+
+def require_alike(teacher: ModelPatcher, student: ModelPatcher) -> None:
+    """Raises UserError unless both draw latents of one kind, which the same noise starts."""
+    formats = [model.get_model_object("latent_format") for model in (teacher, student)]
+    kinds = [f"{type(kind).__name__}, {kind.latent_channels} channels" for kind in formats]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"teacher and student draw different latents ({kinds[0]}; {kinds[1]}): wire a student "
+            "and a teacher of the same family"
+        )
+
+
+def by_ksampler(
+    model: ModelPatcher,
+    noise: Tensor,
+    positive: list,
+    callback: Callable[..., None] | None = None,
+    *,
+    negative: list | None,
+    cfg: float,
+    seed: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+) -> Tensor:
+    """What the stock KSampler makes of noise (B, C, H, W) in an empty latent, like noise."""
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative or positive,  # at cfg 1 it is not evaluated
+        torch.zeros_like(noise),
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's pictures, (N, C, H, W), and what each took in the mean."""
+
+    latents: Tensor
+    nfe: float
+    seconds: float
+
+    @property
+    def cost(self) -> str:
+        return f"{self.nfe:g} NFE, {self.seconds:.4g} s an image"
+
+
+Draw = Callable[..., Tensor]
+"""(model, noise, positive, callback) -> latent, like noise."""
+
+
+def measured(
+    progress: Progress,
+    model: "Counted",
+    warm_up: Draw,
+    draw: Draw,
+    noise: Tensor,
+    prompts: list[list],
+) -> Row:
+    """One picture at a time; `warm_up` has the model loaded and compiled before the clock runs.
+
+    noise: (N, C, H, W), one start a picture.
+    """
+    warm_up(model.patcher, noise[:1], prompts[0], None)
+    model.evaluations, latents, seconds = 0, [], 0.0
+    steps = progress.total // len(noise)
+    for i, start in enumerate(noise.split(1)):
+        callback = partial(tell_now_and_then, progress, i * steps)
+        since = time.perf_counter()
+        latent = draw(model.patcher, start, prompts[i % len(prompts)], callback=callback)
+        latents.append(latent.cpu())  # waits for the device
+        seconds += time.perf_counter() - since
+        progress.update((i + 1) * steps)
+    return Row(torch.cat(latents), model.evaluations / len(noise), seconds / len(noise))
+
+
+def tell_now_and_then(progress: Progress, before: int, step: int, *_: object) -> None:
+    """A sampler's callback. Every step would cost a small network time that is not its own."""
+    if time.monotonic() - progress.said >= EVERY:
+        progress.update(min(before + step + 1, progress.total))
+
+
+class Counted:
+    """A clone of a MODEL that counts how many inputs its network is evaluated on.
+
+    A batch of a picture's prompt and negative prompt is two evaluations.
+    """
+
+    def __init__(self, model: ModelPatcher) -> None:
+        self.evaluations = 0
+        self.patcher = model.clone()
+        wrapper = model.model_options.get("model_function_wrapper")
+
+        def evaluate(network: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+            self.evaluations += len(arguments["input"])
+            if wrapper:
+                return wrapper(network, arguments)
+            return network(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        self.patcher.set_model_unet_function_wrapper(evaluate)
+
+
+def how_much_faster(ratio: float) -> str:
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def decoded(latents: Tensor, vae: VAE) -> Tensor:
+    """(N, C, h, w) -> pictures (N, 3, H, W) in [-1, 1]."""
+    return vae.decode(latents).movedim(-1, 1).float() * 2 - 1
+
+
+def previewed(latents: Tensor, model: ModelPatcher) -> Tensor:
+    """(N, C, h, w) -> the colours (N, 3, h, w) in [-1, 1] that ComfyUI previews latents in."""
+    latent_format = model.get_model_object("latent_format")
+    if latent_format.latent_rgb_factors is None:
+        raise UserError(
+            f"vae: the latents of this model ({family_of(model)}) have no preview colours: wire "
+            "its VAE"
+        )
+    previewer = Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
+    alone = latent_format.process_in(latents).split(1)
+    pixels = np.stack([np.asarray(previewer.decode_latent_to_preview(x)) for x in alone])
+    return torch.from_numpy(pixels).movedim(-1, 1) / 127.5 - 1

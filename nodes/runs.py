@@ -1,0 +1,152 @@
+"""Where runs lie, and how what is wired into a node is written down in a run.yaml."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+import torch
+import yaml
+from comfy.model_patcher import ModelPatcher
+
+from ..dmd_train import networks
+from ..dmd_train.checkpoint import FREE_TO_CHANGE
+from ..dmd_train.config import CANVAS, DIGITS, Config
+from ..dmd_train.errors import UserError
+from ..dmd_train.recognise import recognise
+from ..dmd_train.weights import peek
+from .class_label import LABEL, EDMModel
+from .conditions import PROMPT, fingerprint, rows_of
+from .fingerprint import model_fingerprint
+from .model_files import PACK, path_of
+from .model_recipe import family_of
+from .teacher_pairs import TeacherPairs
+
+NAME = re.compile(r"\w[\w .-]*")
+PROMPTS_FILE = "prompts.txt"
+"""In the folder of a run whose prompts came by a wire."""
+
+
+def runs_folder() -> Path:
+    """Runs of the canvas are output: no update of the pack touches them."""
+    return Path(folder_paths.get_output_directory()) / "dmd_runs"
+
+
+def run_path(name: str) -> Path:
+    """Raises UserError for a name that is more than a folder's name."""
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise UserError(
+            f"run: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
+        )
+    return runs_folder() / name
+
+
+def run_folders() -> dict[str, Path]:
+    """Every run there is, newest first: the canvas's by name, headless ones as runs/NAME."""
+    found = {}
+    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", "runs/")):
+        for run_yaml in folder.glob("*/run.yaml"):
+            found[prefix + run_yaml.parent.name] = run_yaml.parent
+    by_age = sorted(found, key=lambda name: (found[name] / "run.yaml").stat().st_mtime)
+    return {name: found[name] for name in reversed(by_age)}
+
+
+def name_of(config: Config, wired: "Wired") -> str:
+    """A run's name where nobody gave one: the same for the same run, and for no other."""
+    learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
+    digest = hashlib.sha256(yaml.safe_dump([learned, wired.conditions_name]).encode()).hexdigest()
+    return f"{config.preset}-{digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Wired:
+    """What a run is made of on the canvas. file: the checkpoint that the MODEL is, if it is one."""
+
+    model: ModelPatcher
+    conditions: list
+    negative: list | None = None
+    pairs: TeacherPairs | None = None
+    vae: comfy.sd.VAE | None = None
+    file: Path | None = None
+
+    @cached_property
+    def rows(self) -> list:
+        return rows_of(self.conditions)
+
+    @cached_property
+    def conditions_name(self) -> str:
+        told = self.rows + (rows_of(self.negative) if self.negative else [])
+        return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}"
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """Their texts, None where they are not known or would not be read back as they are."""
+        texts = [options.get(PROMPT) for _, options in self.rows]
+        plain = all(text and text == text.strip() and "\n" not in text for text in texts)
+        return texts if plain and len(set(texts)) == len(texts) else None
+
+    @property
+    def classes(self) -> bool:
+        """Whether the conditions are all classes of the model, in order."""
+        if not isinstance(self.model.model, EDMModel):
+            return False
+        labels = [int(options[LABEL]) for _, options in self.rows if LABEL in options]
+        return labels == list(range(self.model.model.classes))
+
+    def is_headless(self, config: Config) -> bool:
+        """Whether `python -m dmd_train` can be told all of it: a file, and prompts or classes."""
+        if self.file is None or self.pairs is not None:
+            return False
+        if isinstance(self.model.model, EDMModel):
+            return self.classes
+        empty = not self.negative or all(o.get(PROMPT) == "" for _, o in rows_of(self.negative))
+        return self.prompts is not None and (empty or config.guidance == 1)
+
+    def names(self, config: Config) -> dict[str, Any]:
+        """teacher and prompts for its run.yaml: files where a headless run can take it up."""
+        if not self.is_headless(config):
+            name = f"{CANVAS} {family_of(self.model)} {model_fingerprint(self.model)[:16]}"
+            return {"teacher": name, "prompts": Path(self.conditions_name)}
+        assert self.file
+        if isinstance(self.model.model, EDMModel):
+            is_ours = self.file.resolve() == networks.DIGITS_TEACHER.resolve()
+            return {"teacher": DIGITS if is_ours else str(self.file), "prompts": None}
+        return {"teacher": str(self.file), "prompts": config.output / PROMPTS_FILE}
+
+
+def wired_file(model: ModelPatcher, prompt: dict[str, Any], node_id: str) -> Path | None:
+    """The checkpoint that the MODEL wired into this node is, None where it is more than a file.
+
+    It is one where a loader of whole checkpoints comes right before, and nothing is patched.
+    """
+    options = model.model_options.get("transformer_options")
+    if model.patches or model.object_patches or options:
+        return None
+    link = prompt[node_id]["inputs"].get("model")
+    loader = prompt.get(link[0]) if isinstance(link, list) else None
+    match loader:
+        case {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": str(name)}}:
+            path = folder_paths.get_full_path("checkpoints", name)
+            return _whole(Path(path)) if path else None
+        case {"class_type": "DMD_LoadCheckpoint", "inputs": {"file": str(name)}}:
+            return _whole(path_of(name))
+    return None
+
+
+def _whole(path: Path) -> Path | None:
+    """The path, where `python -m dmd_train` can load a teacher from it alone."""
+    try:
+        found = recognise(*peek(path), str(path))
+    except UserError:
+        return None
+    is_whole = found.layout == "LDM single file" and found.text_encoder
+    return path if found.layout in networks.EDM_LAYOUTS or is_whole else None
+
+
+def all_classes(model: ModelPatcher) -> list:
+    """The CONDITIONING of every class that a class-conditional MODEL knows."""
+    return [[None, {LABEL: torch.arange(model.model.classes)}]]

@@ -1,0 +1,189 @@
+"""A run on the canvas: the engine's own loop, iterated by a node."""
+
+from contextlib import closing
+
+import comfy.model_management
+import comfy.sd
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
+
+from ..dmd_train import networks
+from ..dmd_train.checkpoint import RunFolder
+from ..dmd_train.conditions import Classes
+from ..dmd_train.config import Config
+from ..dmd_train.errors import UserError
+from ..dmd_train.files import hash_of, write_text
+from ..dmd_train.network import Network
+from ..dmd_train.objectives import Regression
+from ..dmd_train.pairs import Pairs, make_pairs, origin_of, teacher_sample
+from ..dmd_train.shards import Shards
+from ..dmd_train.student import one_step_recipe
+from .canvas import engine_network, is_quantised
+from .conditions import fingerprint
+from .model_files import PACK
+from .model_recipe import recipe_of
+from .progress import Progress, say
+from .runs import PROMPTS_FILE, Wired
+from .student import student_model, student_of
+from .teacher_pairs import TeacherPairs
+from .training_mode import training_mode
+
+
+def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutput:
+    """Train what is left of the run, then hand its student on."""
+    _require_room(config, wired.model)
+    with RunFolder(config) as run:
+        _keep_prompts(run, wired)
+        if not run.finished:
+            try:
+                with training_mode(config.cpu_threads):
+                    _train(run, wired, node_id)
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"training needs {error.name}, which is not installed. Run "
+                    f"pip install -r {PACK / 'requirements.txt'}"
+                ) from None
+        return _results(run, wired.model)
+
+
+def _keep_prompts(run: RunFolder, wired: Wired) -> None:
+    """Write them where the run.yaml says they are. Raises UserError if others are there."""
+    file = run.config.prompts
+    if file != run.path / PROMPTS_FILE or not wired.prompts:
+        return
+    text = "\n".join(wired.prompts) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise UserError(f"{run.path}: was begun with other prompts. Choose another run name.")
+    write_text(file, text)
+
+
+def _require_room(config: Config, model: ModelPatcher) -> None:
+    """Raises UserError where it is sure beforehand that training cannot be."""
+    if config.training == "full" and is_quantised(model):
+        raise UserError(
+            "training: full needs weights in full precision; this model's have 8 bits or fewer, "
+            "which no optimiser can step. Choose a LoRA preset, or load the model in 16 bits."
+        )
+    weights = sum(weight.numel() for weight in model.model.diffusion_model.parameters())
+    # full: three networks and one's gradients in 4 bytes, two optimisers in 2 at the least
+    needed = weights * 20 if config.training == "full" else weights
+    room = comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())
+    if needed > room:
+        way_out = "Choose a LoRA preset." if config.training == "full" else "Load it in 8 bits."
+        raise UserError(
+            f"training: {config.training} of this model needs {needed / 2**30:.0f} GiB or more "
+            f"for teacher, critic and student; this device has {room / 2**30:.0f}. {way_out}"
+        )
+
+
+def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
+    """Iterate distil(); stopped by the user, it saves, and the node says so."""
+    # training's libraries, which a pack that only samples can do without
+    from ..dmd_train.distil import LOG_EVERY, distil
+    from ..dmd_train.prepare import regression_distance, require_possible
+
+    config = run.config
+    say("copying the model", node_id)
+    network, conditions = engine_network(wired, config)
+    teacher = _loaded(network, wired)
+    require_possible(config, teacher)
+    recipe = one_step_recipe(teacher, config)
+    regression = Regression(regression_distance(config, network))
+    pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
+    say("the teacher draws for the previews", node_id)
+    reports = distil(network, conditions, recipe, config, run, pairs, regression)
+    progress, losses, step = None, "", 0
+    try:
+        with closing(reports):
+            for report in reports:
+                step = report.step
+                progress = progress or Progress("step", config.steps, node_id, step - 1)
+                if step % LOG_EVERY == 0:
+                    losses = f"\n{report.losses()}"
+                progress.update(step, losses, report.picture)
+    except comfy.model_management.InterruptProcessingException:
+        say(f"stopped at step {step} and saved in {run.path.name}. Run goes on.", node_id)
+        raise
+
+
+def _loaded(network: Network, wired: Wired) -> networks.Loaded:
+    """Who the teacher is, for the recipe. A student's own recipe is refused by the engine."""
+    recipe = recipe_of(wired.model)
+    if wired.file:
+        return networks.Loaded(network, recipe, wired.file.stem, hash_of(wired.file))
+    return networks.Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
+
+
+def _pairs(
+    run: RunFolder, wired: Wired, teacher: networks.Loaded, conditions: Classes, node_id: str
+) -> Pairs:
+    """The wired ones, or the run's own, made where they are not there yet."""
+    config, network = run.config, teacher.network
+    if wired.pairs is not None:
+        return _wired_pairs(wired.pairs, network, wired)
+    from ..dmd_train.prepare import made_from
+
+    told = (
+        (wired.prompts or [])
+        if wired.is_headless(config)
+        else [config.teacher, wired.conditions_name]
+    )
+    made = make_pairs(
+        run.pairs,
+        config.pairs,
+        config.seed,
+        network.shape,
+        conditions,
+        config.pair_batch_size,
+        origin_of(made_from(teacher, told), config),
+        teacher_sample(network, conditions, config),
+    )
+    progress = Progress("pair", config.pairs, node_id)
+    for count in made:
+        progress.update(count)
+    return Pairs(Shards(run.pairs))
+
+
+def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> Pairs:
+    """Raises UserError where they were made for something else."""
+    if pairs.shape != network.shape:
+        raise UserError(
+            f"pairs: {pairs.folder.name} has samples of {pairs.shape}, this run {network.shape}. "
+            "Make them at the same resolution."
+        )
+    if pairs.conditions != fingerprint(wired.rows):
+        raise UserError(
+            f"pairs: {pairs.folder.name} was made from other conditions. Wire the same ones into "
+            "both nodes."
+        )
+    return Pairs(Shards(pairs.folder))
+
+
+def _results(run: RunFolder, model: ModelPatcher) -> io.NodeOutput:
+    """The student on the MODEL, and what the run's folder has to show."""
+    student = student_model(model, run.student)
+    made_by = student_of(student)
+    assert made_by
+    rows = run.read_metrics()
+    losses = [row["student/regression"] for row in rows if "student/regression" in row]
+    losses = losses or [row["critic/denoising"] for row in rows if "critic/denoising" in row]
+    picture = np.asarray(Image.open(max(run.samples.glob("*.png"))).convert("RGB"))
+    sheet = torch.from_numpy(picture.astype(np.float32) / 255)[None]
+    no_lora = ExecutionBlocker("a student of full training is no LoRA: wire DMD Save Student.")
+    step = rows[-1]["step"] if rows else 0
+    said = (
+        f"{run.config.preset}, step {step} of {run.config.steps}: {made_by.recipe.nfe} step at t = "
+        f"{made_by.recipe.timesteps[0]}, cfg 1. Saved in {run.path}"
+    )
+    return io.NodeOutput(
+        student,
+        dict(made_by.tensors) if made_by.is_lora else no_lora,
+        {"loss": losses},
+        sheet,
+        str(run.path),
+        ui={"text": (said,), **ui.PreviewImage(sheet).as_dict()},
+    )

@@ -1,0 +1,71 @@
+"""Conditions as they are, to the last option; and a NOISE that is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class SaveConditions:
+    """Every entry of a CONDITIONING, in its own precision, to output/NAME.safetensors.
+
+    Entry i's tensor is under "i", those of its options under "i.KEY"; its texts are metadata.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "conditioning": ("CONDITIONING",),
+                "name": ("STRING", {"default": "conditions"}),
+            }
+        }
+
+    def save(self, conditioning: list[Any], name: str) -> dict[str, Any]:
+        from folder_paths import get_output_directory
+
+        tensors, texts = {}, {}
+        for i, (tensor, options) in enumerate(conditioning):
+            tensors[f"{i}"] = tensor.contiguous()
+            for key, value in options.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{i}.{key}"] = value.contiguous()
+                elif isinstance(value, str):
+                    texts[f"{i}.{key}"] = value
+        save_file(tensors, Path(get_output_directory(), f"{Path(name).name}.safetensors"), texts)
+        return {}
+
+
+class GivenNoise:
+    """A NOISE that is the tensor `noise` of input/NAME.safetensors."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("NOISE",)
+    FUNCTION = "give"
+    seed = 0
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"name": ("STRING", {"default": "noise"})}}
+
+    def give(self, name: str) -> tuple[GivenNoise]:
+        from folder_paths import get_input_directory
+
+        given = GivenNoise()
+        given.noise = load_file(Path(get_input_directory(), f"{Path(name).name}.safetensors"))  # type: ignore[attr-defined]
+        return (given,)
+
+    def generate_noise(self, latent: dict[str, Any]) -> torch.Tensor:
+        noise: torch.Tensor = self.noise["noise"]  # type: ignore[attr-defined]
+        return noise
+
+
+CONDITION_NODES = {"Probe_SaveConditions": SaveConditions, "Probe_GivenNoise": GivenNoise}

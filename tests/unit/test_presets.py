@@ -1,0 +1,47 @@
+"""Which preset is for which model."""
+
+import pytest
+from unit.tiny import config, constant
+
+from dmd_train.config import Config, make_config
+from dmd_train.errors import UserError
+from dmd_train.networks import Loaded
+from dmd_train.prepare import require_possible
+from dmd_train.presets import PRESETS, presets_for
+
+FAMILIES = {family for preset in PRESETS.values() for family in preset.families}
+
+
+def model_of(family: str) -> Loaded:
+    network = constant(0.0)
+    network.family = family
+    return Loaded(network, None, "a model", "")
+
+
+def of_preset(name: str) -> Config:
+    return make_config({"teacher": "a model", "output": "unused", "preset": name}, "test")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "SD3", "Flux", "SDXLRefiner"])
+def test_every_family_has_a_preset_that_a_run_accepts(family: str) -> None:
+    for name in presets_for(family):
+        require_possible(of_preset(name), model_of(family))
+    assert presets_for(family)
+    assert (presets_for(family) == ["any-one-step-lora"]) == (family not in FAMILIES)
+
+
+def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
+    with pytest.raises(
+        UserError, match=r"is for sdxl, .* is SD3\. Choose one of any-one-step-lora\."
+    ):
+        require_possible(of_preset("sdxl-one-step-lora"), model_of("SD3"))
+    with pytest.raises(UserError, match=r"is sdxl\. Choose one of sdxl-one-step-lora, sdxl-"):
+        require_possible(of_preset("sd2-one-step-lora"), model_of("sdxl"))
+
+
+def test_the_preset_for_any_model_needs_prompts_and_no_pairs_and_gives_a_lora() -> None:
+    whole = of_preset("any-one-step-lora")
+    assert whole.needs_prompts and not whole.needs_pairs
+    assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
+    assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
+    assert not config().needs_prompts
