@@ -160,14 +160,14 @@ class Adapters:
             merged[f"{layer}.{part}" if in_base else key] = value
         return merged
 
-    def checkpoint(self, function: Any, *args: Any) -> Any:
+    def checkpoint(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """torch's gradient checkpointing, recomputed under the adapter of the forward."""
         name = self.active
 
         def contexts() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self.using(name)
 
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 class Adapted(Network):

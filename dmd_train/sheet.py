@@ -45,7 +45,7 @@ def stack(rows: list[tuple[str, Image.Image]]) -> Image.Image:
     """Pictures of one width below each other, each under its caption."""
     width = max(image.width for _, image in rows)
     label = max(LABEL_HEIGHT, width // LABELS_ACROSS)
-    font = ImageFont.load_default(label * 2 // 3)
+    font = ImageFont.load_default(label * 3 // 4)
     lengths = [font.getlength(caption) for caption, _ in rows]
     width = max(width, 8 + round(max(lengths)))
     height = sum(image.height + label for _, image in rows)

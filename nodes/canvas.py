@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -40,8 +39,8 @@ BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
 NEGATIVE = -1
 """The row that stands for the negative condition."""
 
-DISCRETE = sampling.ModelSamplingDiscrete.timestep
-"""Of schedules that are a table of Stable Diffusion's kind."""
+NO_TABLE = (sampling.ModelSamplingDiscreteEDM, sampling.StableCascadeSampling)
+"""Discrete schedules by name whose timesteps are no indices."""
 
 FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,8 +63,8 @@ def noise_of(model: ModelPatcher) -> tuple[Noise, Prediction]:
         return Flow(math.exp(own.shift)), "flow"
     if isinstance(own, sampling.EDM) and isinstance(own, sampling.ModelSamplingContinuousEDM):
         return EDM(float(own.sigma_min), float(own.sigma_max)), "edm"
-    is_other = isinstance(own, sampling.EDM | sampling.X0)
-    if isinstance(own, sampling.EPS) and type(own).timestep is DISCRETE and not is_other:
+    is_table = isinstance(own, sampling.ModelSamplingDiscrete) and not isinstance(own, NO_TABLE)
+    if is_table and isinstance(own, sampling.EPS) and not isinstance(own, sampling.X0):
         if len(own.sigmas) != TIMESTEPS:
             raise UserError(
                 f"model: it has {len(own.sigmas)} timesteps, as few-step models do. Wire the "
@@ -152,6 +151,7 @@ class CanvasNetwork(Network):
         self.base.manual_cast_dtype = dtype if self.is_quantised else None
         self.module = patched_copy(model, device, dtype)
         self.options = model.model_options.get("transformer_options", {})
+        self.call = model.model_options.get("model_function_wrapper", _plainly)
         is_unet = self.family in FAMILIES
         self.names = _diffusers_names(model) if is_unet else {}
         self.lora_targets = UNET_LAYERS if is_unet else BLOCK_LAYERS
@@ -202,9 +202,9 @@ class CanvasNetwork(Network):
             "cond_or_uncond": [0] * len(x),
             "sigmas": sigma.float(),
         }
-        half = autocast(x.device.type, torch.bfloat16) if self.half else nullcontext()
-        with half:
-            return self.base.apply_model(x, sigma, transformer_options=options, **conds)
+        arguments = {"c": conds | {"transformer_options": options}, "cond_or_uncond": [0] * len(x)}
+        with autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            return self.call(self.base.apply_model, arguments | {"input": x, "timestep": sigma})
 
     def _batch(self, rows: list[int], device: torch.device) -> dict[str, Any] | None:
         """What the model makes of these conditions, in one batch; None where they do not join."""
@@ -342,6 +342,11 @@ def _diffusers_names(model: ModelPatcher) -> dict[str, str]:
     return {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in layer.items()}
 
 
+def _plainly(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+    """Where no node has wrapped the MODEL's function."""
+    return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
 def _differentiable_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """torch's: not every fast one has a backward."""
     return attention_pytorch(*args, **kwargs)
@@ -365,7 +370,20 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 def _recomputed(
     checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Options as they are now: networks write into them between their blocks."""
+    """A block under `checkpoint`, computed both times from what it is given now.
+
+    Blocks add to their input in place, and networks write into their options between blocks.
+    """
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(_copied, args), **{key: _copied(v) for key, v in kwargs.items()})
+
     args = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
-    kwargs = {k: dict(arg) if isinstance(arg, dict) else arg for k, arg in kwargs.items()}
-    return checkpoint(partial(forward, **kwargs), *args)
+    kwargs = {key: dict(arg) if isinstance(arg, dict) else arg for key, arg in kwargs.items()}
+    return checkpoint(compute, *args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -141,6 +141,9 @@ def test_the_seconds_are_of_sampling_and_not_of_warming_up(server: Server) -> No
     ]
     assert 0.4 <= seconds[0] < 0.6
     assert 0.05 <= seconds[1] < 0.2
+    (sheet,) = seen(server, graph, node)
+    assert sheet.shape[1] > 128 + 2 * GAP  # one picture is narrower than its caption
+    assert sheet[:, -1].min() == 255
     faster = float(re.search(r"([\d.]+)x faster", by_student)[1])  # type: ignore[index]
     assert faster == pytest.approx(seconds[0] / seconds[1], abs=0.06)
 

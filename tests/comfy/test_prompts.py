@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_sd15, tiny_sdxl
+from checkpoints import tiny_sd15
 from comfy_host import PromptFailed, Server
 from graphs import Graph, Node, put
+from probe_nodes.conditions import WIDTH
 from safetensors import safe_open
 from torch import Tensor
 
 from dmd_train.prompts import read_prompts
 
 TEXT, SHIPPED = "the text below", "the shipped list"
-WITH_CLIP = {
-    "sd15": (partial(tiny_sd15, clip=True), "clip_sd15.safetensors"),
-    "sdxl": (partial(tiny_sdxl, clip=True), "clip_sdxl.safetensors"),
-}
 FOX = "a red fox in the snow"
 LONG = "a very " + "long " * 100 + "road"
 
 
-def loader(server: Server, graph: Graph, family: str = "sd15") -> Node:
-    return graph.add("CheckpointLoaderSimple", ckpt_name=put(server, *WITH_CLIP[family]))
+def encoder(graph: Graph, family: str = "sd15") -> Node:
+    return graph.add("Probe_RandomClip", family=family)
 
 
 def prompts(graph: Graph, clip: object, text: str = "", source: object = TEXT) -> Node:
@@ -55,7 +51,7 @@ def test_each_prompt_is_what_clip_text_encode_makes_of_it_in_half_precision(
     server: Server, family: str
 ) -> None:
     graph = Graph()
-    clip = loader(server, graph, family)[1]
+    clip = encoder(graph, family)
     ours = prompts(graph, clip, f"{FOX}\n\n  {LONG} \n{FOX}\n\t\n")
     found, fox, long = saved(
         server, graph, ours, *(graph.add("CLIPTextEncode", clip=clip, text=t) for t in (FOX, LONG))
@@ -73,7 +69,7 @@ def test_each_prompt_is_what_clip_text_encode_makes_of_it_in_half_precision(
 
 def test_the_negative_is_the_empty_prompt_and_of_sdxl_zeros(server: Server) -> None:
     graph = Graph()
-    sd15, sdxl = loader(server, graph)[1], loader(server, graph, "sdxl")[1]
+    sd15, sdxl = encoder(graph), encoder(graph, "sdxl")
     stock = graph.add("CLIPTextEncode", clip=sd15, text="")
     zeros = graph.add(
         "ConditioningZeroOut", conditioning=graph.add("CLIPTextEncode", clip=sdxl, text="")
@@ -104,7 +100,7 @@ def test_files_of_the_input_folder_are_offered_and_read_again_once_edited(server
             saved(
                 server,
                 graph,
-                prompts(graph, loader(server, graph)[1], "not this", "lists/animals.txt"),
+                prompts(graph, encoder(graph), "not this", "lists/animals.txt"),
             )[0]
         )
 
@@ -115,7 +111,7 @@ def test_files_of_the_input_folder_are_offered_and_read_again_once_edited(server
 
 def test_the_shipped_list_is_the_engines(server: Server) -> None:
     graph = Graph()
-    (found,) = saved(server, graph, prompts(graph, loader(server, graph)[1], source=SHIPPED))
+    (found,) = saved(server, graph, prompts(graph, encoder(graph), source=SHIPPED))
     assert texts(found) == read_prompts(None)
 
 
@@ -135,7 +131,7 @@ def test_a_text_outside_of_the_input_folder_is_never_read(server: Server, name: 
     graph = Graph()
     named = name.format(base=server.base)
     source = graph.add("Probe_Any", text=named)
-    message = refusal(server, graph, prompts(graph, loader(server, graph)[1], source=source))
+    message = refusal(server, graph, prompts(graph, encoder(graph), source=source))
     assert f"'{named}' is no .txt file of the input folder" in message
 
 
@@ -150,14 +146,14 @@ def test_a_checkpoint_without_text_encoder_is_told_in_one_line(server: Server) -
 def test_a_list_without_prompts_is_refused_by_its_name(server: Server, source: str) -> None:
     Path(server.base, "input/blank.txt").write_text("\n  \n")
     graph = Graph()
-    message = refusal(server, graph, prompts(graph, loader(server, graph)[1], " \n\n", source))
+    message = refusal(server, graph, prompts(graph, encoder(graph), " \n\n", source))
     assert message.endswith(f"{source}: holds no prompts. Write one a line.")
 
 
 def test_more_prompts_than_memory_holds_are_refused_after_the_first(server: Server) -> None:
     graph = Graph()
-    text = "\n".join(map(str, range(40_000)))
-    message = refusal(server, graph, prompts(graph, loader(server, graph)[1], text))
-    size = 77 * 768 * 2 + 768 * 2
-    assert f"40000 prompts would take {40_000 * size / 2**30:.1f} GiB" in message
+    text = "\n".join(map(str, range(500_000)))
+    message = refusal(server, graph, prompts(graph, encoder(graph), text))
+    size = (77 * WIDTH + WIDTH) * 2
+    assert f"500000 prompts would take {500_000 * size / 2**30:.1f} GiB" in message
     assert f"first {4 * 2**30 // size}," in message

@@ -243,6 +243,24 @@ def test_a_pair_is_the_same_whatever_it_is_made_together_with(
     torch.testing.assert_close(few_image, image[:9], rtol=2**-10, atol=1e-5)
 
 
+def test_pairs_are_made_by_any_sampler_that_is_told_the_rows_and_the_first_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In shards of 4, the last of 2, and batches of 3."""
+    monkeypatch.setattr("dmd_train.pairs.BYTES", 1)
+    batches = []
+
+    def halved(noise: Tensor, rows: Tensor, first: int) -> Tensor:
+        batches.append((first, len(noise), len(rows)))
+        return noise / 2 + rows.view(-1, 1, 1, 1)
+
+    made = make_pairs(tmp_path, 10, 0, SHAPE, Classes(3), 3, "halved", halved)
+    assert list(made) == [4, 8, 10]
+    assert batches == [(0, 3, 3), (3, 1, 1), (4, 3, 3), (7, 1, 1), (8, 2, 2)]
+    row, noise, image = whole(Pairs(Shards(tmp_path)))
+    torch.testing.assert_close(image, noise / 2 + row.view(-1, 1, 1, 1), rtol=2**-10, atol=1e-5)
+
+
 def test_pairs_by_another_teacher_or_another_sampling_are_not_mixed_in(tmp_path: Path) -> None:
     path = pairs_folder(tmp_path, "pairs")
     for origin, steps in (("other teacher", 4), ("tiny", 5)):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
+from .canvas import NODES as CANVAS_NODES
 from .conditions import CONDITION_NODES
-
 from .student import ShowText, Student
 
 
@@ -285,4 +285,4 @@ NODE_CLASS_MAPPINGS = {
     "Probe_Any": Any_,
     "Probe_Student": Student,
     "Probe_ShowText": ShowText,
-} | CONDITION_NODES
+} | CONDITION_NODES | CANVAS_NODES

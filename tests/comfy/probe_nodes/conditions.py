@@ -1,4 +1,4 @@
-"""Conditions as they are, to the last option; and a NOISE that is given."""
+"""Small text encoders, conditions to the last option, and a NOISE that is given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,36 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+WIDTH = 64
+
+
+class RandomClip:
+    """ComfyUI's own text encoder of a family with random weights: three layers, 64 wide."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"family": (["sd15", "sdxl"],)}}
+
+    def make(self, family: str) -> tuple[Any]:
+        import comfy.sd
+        from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer
+        from comfy.sdxl_clip import SDXLClipModel, SDXLTokenizer
+        from comfy.supported_models_base import ClipTarget
+
+        kinds = {"sd15": (SD1Tokenizer, SD1ClipModel), "sdxl": (SDXLTokenizer, SDXLClipModel)}
+        small = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH}
+        small |= {"num_attention_heads": 4, "num_hidden_layers": 3}
+        options = {f"clip_{name}_model_config": small for name in "lg"}
+        clip = comfy.sd.CLIP(ClipTarget(*kinds[family]), model_options=options)
+        random = torch.Generator().manual_seed(0)
+        for weight in clip.cond_stage_model.parameters():
+            weight.data.copy_(torch.randn(weight.shape, generator=random) / WIDTH**0.5)
+        return (clip,)
 
 
 class SaveConditions:
@@ -68,4 +98,8 @@ class GivenNoise:
         return noise
 
 
-CONDITION_NODES = {"Probe_SaveConditions": SaveConditions, "Probe_GivenNoise": GivenNoise}
+CONDITION_NODES = {
+    "Probe_RandomClip": RandomClip,
+    "Probe_SaveConditions": SaveConditions,
+    "Probe_GivenNoise": GivenNoise,
+}

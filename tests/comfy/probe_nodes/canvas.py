@@ -1,0 +1,157 @@
+"""The engine's Network of a MODEL, asked directly; and weights, to see whether they change."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+
+def pack(name: str) -> Any:
+    """A module of the pack, which is imported under the path of its folder."""
+    (module,) = (module for key, module in sys.modules.items() if key.endswith(f".{name}"))
+    return module
+
+
+class PredictX0:
+    """mu(x_t, t, condition) of input/NAME.safetensors (x_t, t, row), its gradients, the pictures.
+
+    settings: YAML over the preset. The gradients are those of mu's sum with respect to x_t.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "predict"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "conditions": ("CONDITIONING",),
+                "name": ("STRING", {"default": ""}),
+                "settings": ("STRING", {"default": "", "multiline": True}),
+            },
+            "optional": {"negative": ("CONDITIONING",), "vae": ("VAE",)},
+        }
+
+    def predict(
+        self,
+        model: Any,
+        conditions: Any,
+        name: str,
+        settings: str,
+        negative: Any = None,
+        vae: Any = None,
+    ) -> dict[str, Any]:
+        from folder_paths import get_input_directory, get_output_directory
+
+        values = {"teacher": "probe", "output": "probe"} | (yaml.safe_load(settings) or {})
+        config = pack("dmd_train.config").make_config(values, "probe")
+        wired = pack("nodes.runs").Wired(model, conditions, negative, vae=vae)
+        given = load_file(Path(get_input_directory(), f"{Path(name).name}.safetensors"))
+        canvas = pack("nodes.canvas")
+        with pack("nodes.training_mode").training_mode():
+            network = canvas.CanvasNetwork(wired, config, torch.device("cpu"))
+            network.freeze()
+            if config.gradient_checkpointing:
+                network.checkpoint_gradients()
+            x_t = given["x_t"].clone().requires_grad_()
+            mu = network.predict_x0(x_t, given["t"].clone(), {"row": given["row"].clone()})
+            mu.sum().backward()
+            found = {"mu": mu.detach(), "gradient": x_t.grad, "image": network.to_images(mu)}
+        whole = {key: value.clone().float().contiguous() for key, value in found.items()}
+        save_file(whole, Path(get_output_directory(), f"{Path(name).name}.safetensors"))
+        told = [network.family, network.prediction, *map(str, network.shape)]
+        return {"ui": {"text": told}}
+
+
+class Weights:
+    """SHA-256 of a MODEL's weights as they lie in memory, once `after` is there."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"model": ("MODEL",), "nonce": ("INT", {"default": 0})},
+            "optional": {"after": ("*",)},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
+        return True
+
+    def tell(self, model: Any, nonce: int, after: Any = None) -> dict[str, Any]:
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
+        digest = hashlib.sha256()
+        for value in model.model.diffusion_model.state_dict().values():
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+        return {"ui": {"text": [digest.hexdigest()]}}
+
+
+class Memory:
+    """Bytes that the server's process holds, after what nobody needs is given back."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"nonce": ("INT", {"default": 0})}}
+
+    def tell(self, nonce: int) -> dict[str, Any]:
+        import ctypes
+        import gc
+
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free, the allocator may still hold
+        return {"ui": {"text": [psutil.Process().memory_info().rss]}}
+
+
+class OutOfMemory:
+    """A MODEL whose network finds no memory at its N-th call."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "call": ("INT", {"default": 1, "min": 1})}}
+
+    def make(self, model: Any, call: int) -> tuple[Any]:
+        calls = 0
+
+        def run(network: Any, arguments: dict[str, Any]) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return network(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        tight = model.clone()
+        tight.set_model_unet_function_wrapper(run)
+        return (tight,)
+
+
+NODES = {
+    "Probe_PredictX0": PredictX0,
+    "Probe_Weights": Weights,
+    "Probe_Memory": Memory,
+    "Probe_OutOfMemory": OutOfMemory,
+}
