@@ -132,7 +132,7 @@ class RunFolder:
             if begun[key] != now[key]:
                 raise UserError(
                     f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
-                    "Set it back, or choose another output."
+                    "Set it back, or choose another folder for the run."
                 )
 
     @property

@@ -15,7 +15,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from torch import Tensor, autocast, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -57,9 +57,11 @@ def noise_of(model: ModelPatcher) -> tuple[Noise, Prediction]:
     Raises UserError for a few-step model and for a kind of noise that is not known here.
     """
     own = model.get_model_object("model_sampling")
-    if isinstance(own, sampling.CONST) and isinstance(own, sampling.ModelSamplingDiscreteFlow):
+    is_unit = getattr(own, "noise_scale", 1.0) == 1  # of 0.33
+    is_flow = type(own).calculate_denoised is sampling.CONST.calculate_denoised and is_unit
+    if is_flow and isinstance(own, sampling.ModelSamplingDiscreteFlow):
         return Flow(own.shift), "flow"
-    if isinstance(own, sampling.CONST) and isinstance(own, sampling.ModelSamplingFlux):
+    if is_flow and isinstance(own, sampling.ModelSamplingFlux):
         return Flow(math.exp(own.shift)), "flow"
     if isinstance(own, sampling.EDM) and isinstance(own, sampling.ModelSamplingContinuousEDM):
         return EDM(float(own.sigma_min), float(own.sigma_max)), "edm"
@@ -85,15 +87,18 @@ def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) 
     if getattr(model, "is_dynamic", bool)():  # weights that are not in memory
         model = model.clone(disable_dynamic=True)
     original: nn.Module = model.model.diffusion_model
-    patches = model.get_key_patches(DIFFUSION_MODEL)
+    # while a MODEL is loaded, its own weights are where its patches are not
+    own_weights = {key: backup.weight for key, backup in model.backup.items()}
     copies: dict[int, Any] = {}
     for name, value in chain(original.named_parameters(), original.named_buffers()):
         key = DIFFUSION_MODEL + name
-        (weight, convert), *wired = patches.get(key, [(value, None)])
+        weight = own_weights.get(key, value)
         own = dtype if weight.dtype in FULL_PRECISION else weight.dtype
-        if wired:
-            whole = convert(weight.to(device, torch.float32, copy=True), inplace=True)
-            weight = comfy.lora.calculate_weight(wired, whole, key)
+        if key in model.patches:
+            whole = weight.to(device, torch.float32, copy=True)
+            _, _, convert = get_key_weight(model.model, key)
+            whole = convert(whole, inplace=True) if convert else whole
+            weight = comfy.lora.calculate_weight(model.patches[key], whole, key)
         weight = weight.to(device, own, copy=True).detach()
         is_parameter = isinstance(value, nn.Parameter)
         copies[id(value)] = nn.Parameter(weight, requires_grad=False) if is_parameter else weight

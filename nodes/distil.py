@@ -16,7 +16,7 @@ from ..dmd_train import networks
 from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
 from ..dmd_train.errors import UserError
 from ..dmd_train.networks.edm import EDMNetwork
-from ..dmd_train.presets import PRESETS
+from ..dmd_train.presets import PRESETS, presets_for
 from ..dmd_train.prompts import read_prompts
 from ..dmd_train.recognise import recognise
 from ..dmd_train.weights import peek
@@ -136,6 +136,7 @@ class DMDDistill(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**63 - 1,
+                    control_after_generate=False,  # another seed would be another run
                     tooltip="Of everything random in the run: the same seed, the same student.",
                 ),
                 io.String.Input(
@@ -290,9 +291,7 @@ def _advanced(text: str) -> dict[str, Any]:
 
 def _preset(model: ModelPatcher) -> str:
     """The first of the MODEL's family, which is the one for one GPU; else the one for any."""
-    family = family_of(model)
-    fitting = (name for name, preset in PRESETS.items() if family in preset.families)
-    return next(fitting, "any-one-step-lora")
+    return presets_for(family_of(model))[0]
 
 
 def _device(chosen: str) -> str:

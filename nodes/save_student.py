@@ -13,19 +13,12 @@ from comfy_api.latest import io
 from ..dmd_train.errors import UserError
 from ..dmd_train.files import write_atomically, write_safetensors
 from .class_label import EDMConfig
-from .model_recipe import FAMILIES, family_of
+from .model_recipe import family_of
 from .progress import say
 from .student import Student, student_of
 
 LORA, UNET, CHECKPOINT = "LoRA", "UNet", "checkpoint"
 FOLDERS = {LORA: "loras", UNET: "diffusion_models", CHECKPOINT: "checkpoints"}
-LOADERS = {
-    LORA: "Load DMD LoRA",
-    UNET: "Load DMD Checkpoint",
-    CHECKPOINT: "Load DMD Checkpoint",
-}
-STOCK = {LORA: "Load LoRA", UNET: "Load Diffusion Model", CHECKPOINT: "Load Checkpoint"}
-"""Loaders for families that ours do not know; their students sample right without a recipe."""
 
 NO_LORA = "this student was trained in full, so there is no LoRA"
 UNPORTABLE = set('\\:*?"<>|') | set(map(chr, range(32)))
@@ -91,7 +84,7 @@ class DMDSaveStudent(io.ComfyNode):
             write_merged(path, model, student)
         else:
             write_merged(path, model, student, clip, vae)
-        loader = LOADERS[save_as] if family_of(model) in FAMILIES or is_pixel else STOCK[save_as]
+        loader = "Load DMD LoRA" if save_as == LORA else "Load DMD Checkpoint"
         return io.NodeOutput(str(path), ui={"text": (f"{path}: press R, then use {loader}",)})
 
 

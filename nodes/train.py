@@ -75,8 +75,8 @@ def _require_room(config: Config, model: ModelPatcher) -> None:
     if needed > room:
         way_out = "Choose a LoRA preset." if config.training == "full" else "Load it in 8 bits."
         raise UserError(
-            f"training: {config.training} of this model needs {needed / 2**30:.0f} GiB or more "
-            f"for teacher, critic and student; this device has {room / 2**30:.0f}. {way_out}"
+            f"training: {config.training} of this model needs {needed / 2**30:.1f} GiB or more "
+            f"for teacher, critic and student; this device has {room / 2**30:.1f}. {way_out}"
         )
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import comfy.model_management
 import torch
 
+IN_TRAINING = "in_training"
+"""ComfyUI's switch, since 0.33, to differentiable code in the place of fused kernels."""
+
 
 @contextlib.contextmanager
 def training_mode(cpu_threads: int = 0) -> Iterator[None]:
@@ -16,20 +19,19 @@ def training_mode(cpu_threads: int = 0) -> Iterator[None]:
     cpu_threads: torch's, for this long; 0 leaves them.
     """
     threads = torch.get_num_threads()
-    # of 0.33: differentiable code in the place of fused kernels
-    flagged = hasattr(comfy.model_management, "in_training")
+    flagged = hasattr(comfy.model_management, IN_TRAINING)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     try:
         if flagged:
-            comfy.model_management.in_training = True
+            setattr(comfy.model_management, IN_TRAINING, True)
         if cpu_threads:
             torch.set_num_threads(cpu_threads)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         if flagged:
-            comfy.model_management.in_training = False
+            setattr(comfy.model_management, IN_TRAINING, False)
         torch.set_num_threads(threads)
         gc.collect()
         comfy.model_management.soft_empty_cache()

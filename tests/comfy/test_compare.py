@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from checkpoints import tiny_sd15, tiny_sdxl
 from comfy_host import PromptFailed, Server
+from flow_model import sd3_weights, text_condition, tiny_sd3
 from graphs import SEED, Graph, Node, put
 from PIL import Image
+from safetensors.torch import save_file
+from test_flow_students import lora_of as flow_lora
+from test_flow_students import recipe as flow_recipe
 
 TEACHER = "dmd_students/digits-teacher.safetensors"
 STUDENT = "dmd_students/digits-one-step.safetensors"
@@ -191,6 +195,31 @@ def test_each_prompt_of_a_combined_condition_is_drawn_and_guided_as_ksampler_doe
     previews = rows(small, 2, 128)[0]
     assert np.array_equal(previews, previews[:, ::16, ::16].repeat(16, axis=1).repeat(16, axis=2))
     assert previews.std() > 5
+
+
+def test_a_flow_model_is_compared_in_its_own_latents(server: Server) -> None:
+    """16 channels, whose colours are shifted; the LATENTs of the stock nodes have the shift."""
+    graph = Graph()
+    teacher = graph.add("CheckpointLoaderSimple", ckpt_name=put(server, tiny_sd3))
+    path = server.base / "input/flow_student.safetensors"
+    weights = sd3_weights(server.base / "models/checkpoints" / put(server, tiny_sd3))
+    save_file(flow_lora(weights), path, flow_recipe().to_metadata("a student", (16, 8, 8)))
+    student = graph.add("Probe_Student", model=teacher, name=path.stem)
+    text = text_condition(graph, "SD3")
+    size = {"width": 64, "height": 64, "sampler_name": "euler", "scheduler": "simple"}
+    node = compare(graph, teacher, student, text, **size, vae=teacher[2])
+    compare(graph, teacher, student, text, **size)
+    stock = graph.ksampler(teacher, text, graph.empty(), steps=3, sampler="euler")
+    shown = []
+    for latent in (stock, graph.one_step(student, text)):
+        images = graph.add("VAEDecode", samples=latent, vae=teacher[2])
+        shown.append(graph.add("PreviewImage", images=images))
+    run(server, graph)
+    assert captions(graph, node)[0].startswith("teacher: 3 NFE, ")
+    (sheet,) = seen(server, graph, node)
+    for row, one in zip(rows(sheet, 1, 128), shown, strict=True):
+        expected = np.stack(seen(server, graph, one)).repeat(2, axis=1).repeat(2, axis=2)
+        assert np.abs(row - expected).max() <= ROUNDING
 
 
 def refused(server: Server, graph: Graph) -> str:

@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 NODES = {
     *("DMD_LoadCheckpoint", "DMD_LoadLoRA", "DMD_ModelSampling"),
     *("DMD_OneStepSampler", "DMD_EmptyLatent", "DMD_ClassLabel"),
+    *("DMD_Prompts", "DMD_TeacherPairs", "DMD_Distill", "DMD_ContinueRun"),
+    *("DMD_Compare", "DMD_SaveStudent"),
 }
 
 
@@ -55,6 +57,27 @@ def test_the_digits_student_samples_without_the_training_extras(bare: Server) ->
         )
     assert error(sampled, expected) <= 1e-4
     assert len(graph.shown[picture.id]["images"]) == 10
+
+
+def test_training_without_its_libraries_names_one_and_the_way_out(bare: Server) -> None:
+    graph = Graph()
+    graph.add(
+        "DMD_Distill",
+        model=graph.add("DMD_LoadCheckpoint", file="dmd_students/digits-teacher.safetensors"),
+        conditions=graph.add("DMD_ClassLabel", labels="0-9"),
+        preset="right for the model",
+        steps=1,
+        resolution=0,
+        guidance=0.0,
+        rank=0,
+        seed=0,
+        run="",
+        advanced="",
+    )
+    with pytest.raises(PromptFailed) as failure:
+        bare.run(graph)
+    assert "training needs" in failure.value.message
+    assert "which is not installed. Run pip install -r" in failure.value.message
 
 
 def test_a_file_that_needs_a_missing_library_names_it_and_the_way_out(bare: Server) -> None:

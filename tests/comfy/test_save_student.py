@@ -10,10 +10,13 @@ import pytest
 import torch
 from checkpoints import UNET, tiny_sd2_v, tiny_sd15, tiny_sdxl
 from comfy_host import PACK, PromptFailed, Server
+from flow_model import sd3_weights, text_condition, tiny_sd3
 from graphs import NO_NOISE, Graph, Node, by_diffusers, error, models, noise, put, sample, unet_of
 from published import kohya, lora_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_flow_students import lora_of as flow_lora
+from test_flow_students import recipe as flow_recipe
 
 from dmd_train.recipe import Recipe, read_recipe
 
@@ -179,6 +182,31 @@ def test_a_v_prediction_unet_is_one_again_when_loaded(server: Server) -> None:
         server, graph, graph.one_step(ours, text), graph.ksampler(stock, text, graph.empty())
     )
     assert max(error(latent, before) for latent in latents) <= EXACT
+
+
+def test_a_student_of_a_flow_model_is_the_same_when_loaded(server: Server) -> None:
+    base = put(server, tiny_sd3)
+    lora = flow_lora(sd3_weights(server.base / "models/checkpoints" / base))
+    name = student_file(server, "flow", lora, flow_recipe())
+    graph = Graph()
+    student = graph.add(
+        "Probe_Student", model=graph.add("CheckpointLoaderSimple", ckpt_name=base), name=name
+    )
+    nodes = [save(graph, student, save_as, "flow") for save_as in ("LoRA", "UNet")]
+    (before,) = sample(server, graph, graph.one_step(student, text_condition(graph, "SD3")))
+    files = [path_told(graph, node).name for node in nodes]
+    graph = Graph()
+    teacher = graph.add("CheckpointLoaderSimple", ckpt_name=base)
+    text = text_condition(graph, "SD3")
+    latents = sample(
+        server,
+        graph,
+        graph.one_step(graph.add("DMD_LoadLoRA", model=teacher, file=files[0], strength=1.0), text),
+        graph.one_step(graph.add("DMD_LoadCheckpoint", file=f"diffusion_models/{files[1]}"), text),
+        graph.ksampler(teacher, text, graph.empty()),
+    )
+    assert max(error(latent, before) for latent in latents[:2]) <= EXACT
+    assert error(latents[2], before) > OFF
 
 
 def test_a_lone_sdxl_unet_that_predicts_v_is_refused(server: Server) -> None:

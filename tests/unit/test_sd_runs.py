@@ -192,7 +192,8 @@ PRESET_RUNS = {
 
 
 def test_there_is_a_run_below_for_every_preset_of_stable_diffusion() -> None:
-    assert PRESET_RUNS.keys() == {name for name, p in PRESETS.items() if "digits" not in p.families}
+    of_files = {name for name, preset in PRESETS.items() if preset.families}
+    assert PRESET_RUNS.keys() == of_files - {"digits-one-step"}
 
 
 @pytest.mark.parametrize("preset", PRESET_RUNS)

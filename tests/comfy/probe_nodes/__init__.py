@@ -271,18 +271,22 @@ def _inside(folder: str, name: str) -> Path:
     return file
 
 
-NODE_CLASS_MAPPINGS = {
-    "Probe_Conditioning": Conditioning,
-    "Probe_LoadConditioning": LoadConditioning,
-    "Probe_SaveConditioning": SaveConditioning,
-    "Probe_SaveLatent": SaveLatent,
-    "Probe_LoadLatent": LoadLatent,
-    "Probe_StepNoise": StepNoise,
-    "Probe_Watch": Watch,
-    "Probe_Calls": Calls,
-    "Probe_Sigmas": Sigmas,
-    "Probe_UnetNames": UnetNames,
-    "Probe_Any": Any_,
-    "Probe_Student": Student,
-    "Probe_ShowText": ShowText,
-} | CONDITION_NODES | CANVAS_NODES
+NODE_CLASS_MAPPINGS = (
+    {
+        "Probe_Conditioning": Conditioning,
+        "Probe_LoadConditioning": LoadConditioning,
+        "Probe_SaveConditioning": SaveConditioning,
+        "Probe_SaveLatent": SaveLatent,
+        "Probe_LoadLatent": LoadLatent,
+        "Probe_StepNoise": StepNoise,
+        "Probe_Watch": Watch,
+        "Probe_Calls": Calls,
+        "Probe_Sigmas": Sigmas,
+        "Probe_UnetNames": UnetNames,
+        "Probe_Any": Any_,
+        "Probe_Student": Student,
+        "Probe_ShowText": ShowText,
+    }
+    | CONDITION_NODES
+    | CANVAS_NODES
+)

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -149,7 +150,91 @@ class OutOfMemory:
         return (tight,)
 
 
+class Prompts:
+    """What DMD Prompts gives, of encodings in input/NAME.safetensors; the last is the negative.
+
+    text: (N, 77, D); pooled: (N, P), of SDXL. The prompts are in the metadata, as YAML.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"name": ("STRING", {"default": "prompts"})}}
+
+    def load(self, name: str) -> tuple[list[Any], list[Any]]:
+        from folder_paths import get_input_directory
+
+        file = Path(get_input_directory(), f"{Path(name).name}.safetensors")
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            prompts = yaml.safe_load(opened.metadata()["prompts"])
+        entries = []
+        for i, prompt in enumerate(prompts):
+            options = {"dmd_prompt": prompt}
+            if "pooled" in tensors:
+                options["pooled_output"] = tensors["pooled"][i : i + 1]
+            entries.append([tensors["text"][i : i + 1], options])
+        return (entries[:-1], entries[-1:])
+
+
+class NoLayers:
+    """A MODEL whose network has no linear layer, nor a convolution, by its type."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model: Any) -> tuple[Any]:
+        class Quantised(torch.nn.Module):
+            def __init__(self, linear: Any) -> None:
+                super().__init__()
+                self.weight, self.bias = linear.weight, linear.bias
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.linear(x, self.weight, self.bias)
+
+        bare = model.clone()
+        for name, layer in model.model.diffusion_model.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                bare.add_object_patch(f"diffusion_model.{name}", Quantised(layer))
+        return (bare,)
+
+
+class SmallDevice:
+    """From here on, the device has a MiB, until it is asked once."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model: Any) -> tuple[Any]:
+        import comfy.model_management as management
+
+        truly = management.get_total_memory
+
+        def once(*_: Any) -> int:
+            management.get_total_memory = truly
+            return 1 << 20
+
+        management.get_total_memory = once
+        return (model,)
+
+
 NODES = {
+    "Probe_NoLayers": NoLayers,
+    "Probe_SmallDevice": SmallDevice,
+    "Probe_Prompts": Prompts,
     "Probe_PredictX0": PredictX0,
     "Probe_Weights": Weights,
     "Probe_Memory": Memory,
