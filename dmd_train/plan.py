@@ -130,7 +130,7 @@ def measure(config: Config, device: torch.device) -> Measured:
         ram=_peak_ram(),
         disk=disk,
         disk_room=shutil.disk_usage(_existing(config.output)).free,
-        advice=_advice(config, peak is not None and peak <= room),
+        advice=() if peak is not None and peak <= room else (config.smaller,),
     )
 
 
@@ -153,19 +153,6 @@ def plan_table(config: Config, plan: Measured) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _advice(config: Config, fits: bool) -> tuple[str, ...]:
-    """The settings that make a run smaller, the one that costs least first."""
-    if fits:
-        return ()
-    if config.micro_batch_size != 1:
-        return ("Set micro_batch_size: 1. It changes memory alone.",)
-    if not config.gradient_checkpointing:
-        return ("Set gradient_checkpointing: true. It takes a third more time.",)
-    if config.training == "full":
-        return ("Choose a LoRA preset (training: lora).",)
-    return (f"Set lora_rank: {max(4, config.lora_rank // 2)}, or a smaller resolution.",)
 
 
 def _pair_seconds(

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -23,8 +22,6 @@ from .sheet import COLUMNS, GAP, grid, stack
 
 if TYPE_CHECKING:
     from .metrics import SamplerNumbers
-
-matplotlib.use("agg")
 
 LARGE, FEW = 1 << 13, 4
 """From so many values a sample is large, and a sheet shows only a few."""

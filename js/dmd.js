@@ -1,11 +1,29 @@
-// What a file is and how it samples, in one line on the node that loaded it.
-// The nodes say it themselves (`ui={"text": [summary]}`); this only shows it.
+// One line on each of our nodes: what a file is, how far a run has come, what came of it.
+// The nodes say it themselves (their progress text, and `ui={"text": [...]}` when they are done);
+// this only shows it, and says once more, large, what a stopped node has saved.
 
 import { app } from "../../scripts/app.js"
 
-const LOADERS = ["DMD_LoadCheckpoint", "DMD_LoadLoRA"]
-const BEFORE_THE_FIRST_RUN = "Run once to read here what the file is and how it samples."
+const OF_A_FILE = "Run once to read here what the file is and how it samples."
+const OF_A_RUN =
+  "While it runs: step, time left and a picture. Stop it when you like: it saves, and Run goes on."
+
+const BEFORE_THE_FIRST_RUN = {
+  DMD_LoadCheckpoint: OF_A_FILE,
+  DMD_LoadLoRA: OF_A_FILE,
+  DMD_Prompts: "Run once to read here how many prompts there are.",
+  DMD_TeacherPairs: "Stop it when you like: finished pairs are kept, and Run goes on.",
+  DMD_Distill: OF_A_RUN,
+  DMD_ContinueRun: OF_A_RUN,
+  DMD_Compare: "Run once to read here what a picture costs with each of the two.",
+  DMD_SaveStudent: "Run once to read here where the file is.",
+}
+const SAVES_WHEN_STOPPED = ["DMD_TeacherPairs", "DMD_Distill", "DMD_ContinueRun"]
 const HEIGHT = 84 // of the widget, in pixels: three lines, its padding and the node's margin
+
+// ComfyUI looks for a widget of this name to show a running node's progress text in, and adds one
+// at the node's end where there is none. So it writes into ours.
+const PROGRESS_TEXT = "$$node-text-preview"
 
 function textLine() {
   const line = document.createElement("div")
@@ -13,25 +31,38 @@ function textLine() {
   line.style.cssText =
     "box-sizing: border-box; height: 100%; overflow: auto; padding: 4px 8px; border-radius: 6px;" +
     "font: 12px/18px sans-serif; color: var(--input-text, #ddd); user-select: text;" +
-    "background: var(--comfy-input-bg, #222)"
+    "background: var(--comfy-input-bg, #222); white-space: pre-line; overflow-wrap: anywhere"
   return line
 }
 
 app.registerExtension({
   name: "dmdonestep.summary",
 
+  setup() {
+    const said = new Map() // node id -> its last progress text
+    app.api.addEventListener("progress_text", ({ detail }) => said.set(detail.nodeId, detail.text))
+    app.api.addEventListener("execution_interrupted", ({ detail }) => {
+      if (!SAVES_WHEN_STOPPED.includes(detail.node_type) || !said.has(detail.node_id)) return
+      const detailed = { severity: "info", summary: "Stopped", detail: said.get(detail.node_id) }
+      app.extensionManager.toast.add({ ...detailed, life: 10000 })
+    })
+  },
+
   nodeCreated(node) {
-    if (!LOADERS.includes(node.comfyClass)) return
+    const placeholder = BEFORE_THE_FIRST_RUN[node.comfyClass]
+    if (!placeholder) return
     const line = textLine()
     const show = (text, known) => {
       line.textContent = text // never as HTML: a file's metadata is anybody's words
       line.style.opacity = known ? 1 : 0.5
     }
-    show(BEFORE_THE_FIRST_RUN, false)
-    // There from the start, so that no node grows over its neighbour when it has run.
-    const widget = node.addDOMWidget("summary", "dmd_summary", line, {
+    show(placeholder, false)
+    // There from the start, so that no node grows over its neighbour when it runs.
+    const widget = node.addDOMWidget(PROGRESS_TEXT, "dmd_summary", line, {
       serialize: false, // not in what is sent to /prompt
       hideOnZoom: false,
+      getValue: () => line.textContent,
+      setValue: (text) => show(text, true),
       getMinHeight: () => HEIGHT,
       getMaxHeight: () => HEIGHT,
     })
@@ -40,7 +71,8 @@ app.registerExtension({
     const { onExecuted } = node
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments)
-      if (output?.text) show([output.text].flat().join(" "), true) // null where it came from a cache
+      // null where it came from a cache
+      if (output?.text) show([output.text].flat().join("\n"), true)
     }
   },
 })

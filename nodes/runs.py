@@ -82,7 +82,11 @@ class Wired:
         told = self.rows + (rows_of(self.negative) if self.negative else [])
         return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}"
 
-    @property
+    @cached_property
+    def model_name(self) -> str:
+        return f"{CANVAS} {family_of(self.model)} {model_fingerprint(self.model)[:16]}"
+
+    @cached_property
     def prompts(self) -> list[str] | None:
         """Their texts, None where they are not known or would not be read back as they are."""
         texts = [options.get(PROMPT) for _, options in self.rows]
@@ -109,8 +113,7 @@ class Wired:
     def names(self, config: Config) -> dict[str, Any]:
         """teacher and prompts for its run.yaml: files where a headless run can take it up."""
         if not self.is_headless(config):
-            name = f"{CANVAS} {family_of(self.model)} {model_fingerprint(self.model)[:16]}"
-            return {"teacher": name, "prompts": Path(self.conditions_name)}
+            return {"teacher": self.model_name, "prompts": Path(self.conditions_name)}
         assert self.file
         if isinstance(self.model.model, EDMModel):
             is_ours = self.file.resolve() == networks.DIGITS_TEACHER.resolve()

@@ -1,6 +1,8 @@
 """A run on the canvas: the engine's own loop, iterated by a node."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 
 import comfy.model_management
 import comfy.sd
@@ -10,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
+from torch import nn
 
 from ..dmd_train import networks
 from ..dmd_train.checkpoint import RunFolder
@@ -46,6 +49,10 @@ def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutpu
                 raise UserError(
                     f"training needs {error.name}, which is not installed. Run "
                     f"pip install -r {PACK / 'requirements.txt'}"
+                ) from None
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{run.path}: out of memory before the first step. {config.smaller}"
                 ) from None
         return _results(run, wired.model)
 
@@ -93,13 +100,15 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     require_possible(config, teacher)
     recipe = one_step_recipe(teacher, config)
     regression = Regression(regression_distance(config, network))
-    pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
-    say("the teacher draws for the previews", node_id)
-    reports = distil(network, conditions, recipe, config, run, pairs, regression)
+    with _every_call_may_stop(network.module):
+        pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
+        reports = distil(network, conditions, recipe, config, run, pairs, regression)
+        say("the teacher draws for the previews", node_id)
+        first = list(islice(reports, 1))
     progress, losses, step = None, "", 0
     try:
         with closing(reports):
-            for report in reports:
+            for report in chain(first, reports):
                 step = report.step
                 progress = progress or Progress("step", config.steps, node_id, step - 1)
                 if step % LOG_EVERY == 0:
@@ -108,6 +117,23 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     except comfy.model_management.InterruptProcessingException:
         say(f"stopped at step {step} and saved in {run.path.name}. Run goes on.", node_id)
         raise
+
+
+@contextmanager
+def _every_call_may_stop(module: nn.Module) -> Iterator[None]:
+    """Before the first step a stop loses nothing, so that it need not wait for a whole picture."""
+    is_before = [True]
+
+    def look(*_: object) -> None:
+        if is_before:  # copies of the module take this along
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+    hook = module.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        is_before.clear()
+        hook.remove()
 
 
 def _loaded(network: Network, wired: Wired) -> networks.Loaded:
