@@ -20,6 +20,7 @@ const BEFORE_THE_FIRST_RUN = {
 }
 const SAVES_WHEN_STOPPED = ["DMD_TeacherPairs", "DMD_Distill", "DMD_ContinueRun"]
 const HEIGHT = 84 // of the widget, in pixels: three lines, its padding and the node's margin
+const ADVANCED_HEIGHT = 120
 
 // ComfyUI looks for a widget of this name to show a running node's progress text in, and adds one
 // at the node's end where there is none. So it writes into ours.
@@ -67,6 +68,10 @@ app.registerExtension({
       getMaxHeight: () => HEIGHT,
     })
     widget.serialize = false // nor in the workflow's file
+
+    // Else it takes all the room that the node keeps for its picture.
+    const advanced = node.widgets.find(({ name }) => name === "advanced")
+    if (advanced) advanced.options.getMaxHeight = () => ADVANCED_HEIGHT
 
     const { onExecuted } = node
     node.onExecuted = function (output) {

@@ -13,6 +13,9 @@ PICTURE_SIZE = 1024
 EVERY = 0.5
 """Seconds between two lines of text."""
 
+EVERY_BAR = 0.1
+"""Seconds between two events for the bar: a round may take less, and training shares the time."""
+
 
 class Progress:
     """Of `total` rounds of `what`, `done` of which were there before; shown on node `node_id`."""
@@ -20,14 +23,16 @@ class Progress:
     def __init__(self, what: str, total: int, node_id: str, done: int = 0) -> None:
         self.what, self.total, self.node_id = what, total, node_id
         self.before = done
-        self.since = self.said = time.monotonic()
+        self.since = self.said = self.drawn = time.monotonic()
         self.bar = comfy.utils.ProgressBar(total, node_id)
 
     def update(self, done: int, note: str = "", picture: Image | None = None) -> None:
         """Raises InterruptProcessingException where the user has pressed stop."""
-        preview = ("JPEG", picture, PICTURE_SIZE) if picture else None
-        self.bar.update_absolute(done, self.total, preview)
         now = time.monotonic()
+        if picture or now - self.drawn >= EVERY_BAR or done >= self.total:
+            self.drawn = now
+            preview = ("JPEG", picture, PICTURE_SIZE) if picture else None
+            self.bar.update_absolute(done, self.total, preview)
         if now - self.said >= EVERY or done >= self.total:
             self.said = now
             say(f"{self.what} {done} of {self.total}, {self._left(done, now)} left{note}", self)

@@ -100,11 +100,15 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     require_possible(config, teacher)
     recipe = one_step_recipe(teacher, config)
     regression = Regression(regression_distance(config, network))
-    with _every_call_may_stop(network.module):
-        pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
-        reports = distil(network, conditions, recipe, config, run, pairs, regression)
-        say("the teacher draws for the previews", node_id)
-        first = list(islice(reports, 1))
+    try:
+        with _every_call_may_stop(network.module):
+            pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
+            reports = distil(network, conditions, recipe, config, run, pairs, regression)
+            say("the teacher draws for the previews", node_id)
+            first = list(islice(reports, 1))
+    except comfy.model_management.InterruptProcessingException:
+        say("stopped before a step was done; finished pairs are kept. Run goes on.", node_id)
+        raise
     progress, losses, step = None, "", 0
     try:
         with closing(reports):

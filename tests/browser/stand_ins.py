@@ -8,27 +8,51 @@ from typing import Any
 
 import torch
 from checkpoints import UNET, as_diffusers_unet, tiny_sd15, tiny_sdxl
+from flow_model import CONTEXT, tiny_sd3
 from published import kohya, lora_of
 from safetensors.torch import load_file, save_file
 
 SDXL, SD15 = "sd_xl_base_1.0.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"
-WIDTHS = {SD15: (768, 0), SDXL: (2048, 1280)}
-"""Base model -> width of its text condition and of the pooled one."""
+SD3 = "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"
+
+PROMPTS = ["a red fox in the snow", "a bowl of fruit", "a lighthouse on a cliff"]
+
+SMALL: dict[str, dict[str, Any]] = {
+    "DMD_OneStepSampler": {"width": 64, "height": 64},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "KSampler": {"steps": 4},
+    "DMD_Prompts": {"source": "the text below", "text": "\n".join(PROMPTS)},
+    "DMD_TeacherPairs": {"count": 2, "steps": 2, "width": 64, "height": 64},
+    "DMD_Distill": {
+        "steps": 2,
+        "resolution": 64,
+        "rank": 4,
+        "advanced": "batch_size: 2\ncritic_updates: 1\npair_steps: 2\nregression_warmup_steps: 1",
+    },
+    "DMD_Compare": {"count": 2, "teacher_steps": 2, "width": 64, "height": 64},
+}
+"""Node -> the widgets that make it quick."""
 
 
 def put_files(models: Path) -> None:
-    """The two base models, with DMD2's UNets and LoRA for them."""
+    """The base models, DMD2's UNets and LoRA for them, and somebody's own LoRAs."""
     checkpoints, unets, loras = (
         models / name for name in ("checkpoints", "diffusion_models", "loras")
     )
     for folder in (checkpoints, unets, loras):
         folder.mkdir(parents=True, exist_ok=True)
-    tiny_sdxl(checkpoints / SDXL)
-    tiny_sd15(checkpoints / SD15)
+    tiny_sdxl(checkpoints / SDXL, clip=True)
+    tiny_sd15(checkpoints / SD15, clip=True)
+    tiny_sd3(checkpoints / SD3)
     unet_alone(unets / "dmd2_sdxl_1step_unet_fp16.bin", tiny_sdxl)
     unet_alone(unets / "dmd2_sd15_1step_unet.bin", tiny_sd15)
-    lora = kohya(lora_of(as_diffusers_unet(checkpoints / SDXL), rank=2), alpha=8.0)
-    save_file(lora, loras / "dmd2_sdxl_4step_lora_fp16.safetensors")
+    for name, base, seed in [
+        ("dmd2_sdxl_4step_lora_fp16", SDXL, 0),
+        ("my-style", SD15, 1),
+        ("my-character", SD15, 2),
+    ]:
+        lora = kohya(lora_of(as_diffusers_unet(checkpoints / base), rank=2, seed=seed), alpha=8.0)
+        save_file(lora, loras / f"{name}.safetensors")
 
 
 def unet_alone(path: Path, make: Callable[[Path, int], None]) -> None:
@@ -42,22 +66,36 @@ def unet_alone(path: Path, make: Callable[[Path, int], None]) -> None:
 
 
 def made_small(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The same prompt (API form) for the stand-ins: 64 pixels, 4 steps at most, no text encoder."""
-    (base,) = (
-        node["inputs"]["ckpt_name"]
-        for node in prompt.values()
-        if node["class_type"] == "CheckpointLoaderSimple"
-    )
-    width, pooled_width = WIDTHS[base]
+    """The same prompt (API form) for the stand-ins: 64 pixels, few steps, few prompts."""
     small = {}
     for node_id, node in prompt.items():
-        kind, inputs = node["class_type"], dict(node["inputs"])
-        if kind == "CLIPTextEncode":
-            kind = "Probe_Conditioning"
-            inputs = {"seed": 1, "width": width, "pooled_width": pooled_width}
-        elif kind in ("DMD_OneStepSampler", "EmptyLatentImage"):
-            inputs |= {"width": 64, "height": 64}
-        elif kind == "KSampler":
-            inputs["steps"] = min(inputs["steps"], 4)
-        small[node_id] = {"class_type": kind, "inputs": inputs}
+        kind = node["class_type"]
+        small[node_id] = {"class_type": kind, "inputs": node["inputs"] | SMALL.get(kind, {})}
+    if any(node["inputs"].get("ckpt_name") == SD3 for node in prompt.values()):
+        return without_text_encoder(small, *CONTEXT["SD3"])
     return small
+
+
+def without_text_encoder(prompt: dict[str, Any], width: int, pooled_width: int) -> dict[str, Any]:
+    """Random conditions in the place of DMD Prompts', for a file that cannot encode."""
+    (prompts,) = (id for id, node in prompt.items() if node["class_type"] == "DMD_Prompts")
+    random = {
+        f"{prompts}{name}": {
+            "class_type": "Probe_Conditioning",
+            "inputs": {"seed": seed, "width": width, "pooled_width": pooled_width},
+        }
+        for seed, name in enumerate(("conditions", "negative"))
+    }
+    output_of = {(prompts, i): [name, 0] for i, name in enumerate(random)}
+    wired = {
+        node_id: {
+            "class_type": node["class_type"],
+            "inputs": {
+                key: output_of.get(tuple(value), value) if isinstance(value, list) else value
+                for key, value in node["inputs"].items()
+            },
+        }
+        for node_id, node in prompt.items()
+        if node_id != prompts
+    }
+    return wired | random

@@ -13,7 +13,7 @@ from PIL import Image
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 NAMES = [file.stem for file in WORKFLOWS]
 IN_THE_PAGE_ONLY = "MarkdownNote"
-FILE_WIDGETS = ("file", "ckpt_name")
+FILE_WIDGETS = ("file", "ckpt_name", "lora_name")
 """Their choices are the user's files."""
 
 
@@ -38,7 +38,7 @@ def widgets_of(node: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     for name, (type_, about) in inputs_of(node).items():
         if isinstance(type_, list) or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN"):
             widgets.append((name, type_, about))
-            if name == "seed" or about.get("control_after_generate"):
+            if about.get("control_after_generate", name == "seed"):
                 widgets.append((f"{name}, afterwards", ["fixed", "increment", "randomize"], {}))
     return widgets
 
@@ -89,7 +89,7 @@ def test_a_note_names_every_file_that_the_workflow_loads_and_its_folder(file: Pa
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
             named = ["models/checkpoints", node["widgets_values"][0]]
-        elif node["type"] == "DMD_LoadLoRA":
+        elif node["type"] in ("DMD_LoadLoRA", "LoraLoaderModelOnly"):
             named = ["models/loras", node["widgets_values"][0]]
         elif node["type"] == "DMD_LoadCheckpoint":
             folder, name = node["widgets_values"][0].split("/")

@@ -12,6 +12,9 @@ from comfy_page import ComfyPage
 from PIL import Image, ImageStat
 from stand_ins import made_small, put_files
 
+from dmd_train.recognise import recognise
+from dmd_train.weights import peek
+
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 QUICKSTART = PACK / "workflows/quickstart-digits.json"
 DIGITS = 10
@@ -29,6 +32,13 @@ PICTURES = {
     "sdxl-one-step": [(64, 64)],
 }
 """Workflow -> sizes of the pictures it writes, when it draws 64 x 64 pixels."""
+LEARNED = {
+    "distil-flow-model": "any-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
+    "distil-sd15-lora": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
+    "distil-sdxl-lora": "sdxl-one-step-lora, step 2 of 2: 1 step at t = 399, cfg 1.",
+    "distil-your-look": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
+}
+"""Workflow -> what its DMD Distill must say at the end; distil-digits is in test_training.py."""
 
 
 def members(workflow: dict[str, Any]) -> dict[str, list[int]]:
@@ -97,15 +107,37 @@ def test_the_line_is_neither_saved_nor_sent(page: ComfyPage) -> None:
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("page", ["classic"], indirect=True)
-def test_every_other_workflow_runs_with_small_files_in_the_place_of_the_published_ones(
-    page: ComfyPage,
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_workflow_runs_with_small_files_in_the_place_of_the_published_ones(
+    page: ComfyPage, name: str
 ) -> None:
-    others: list[Path] = [workflow for workflow in WORKFLOWS if workflow != QUICKSTART]
-    assert {workflow.stem for workflow in others} == set(RECIPES)
-    for workflow in others:
-        page.load(workflow)
-        entry = page.server.run(made_small(page.api_form()))
-        (text,) = (shown["text"][0] for shown in entry["outputs"].values() if "text" in shown)
-        assert text.startswith(RECIPES[workflow.stem])
-        pictures = [Image.open(file) for file in page.server.output_files(entry)]
-        assert [picture.size for picture in pictures] == PICTURES[workflow.stem]
+    page.load(PACK / f"workflows/{name}.json")
+    entry = page.server.run(made_small(page.api_form()))
+    (text,) = (shown["text"][0] for shown in entry["outputs"].values() if "text" in shown)
+    assert text.startswith(RECIPES[name])
+    pictures = [Image.open(file) for file in page.server.output_files(entry)]
+    assert [picture.size for picture in pictures] == PICTURES[name]
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+@pytest.mark.parametrize("name", sorted(LEARNED))
+def test_the_workflow_distils_compares_and_saves_with_small_files_and_few_steps(
+    page: ComfyPage, name: str
+) -> None:
+    page.load(PACK / f"workflows/{name}.json")
+    prompt = made_small(page.api_form())
+    entry = page.server.run(prompt, timeout=300)
+    shown = {prompt[id]["class_type"]: shown for id, shown in entry["outputs"].items()}
+    assert shown["DMD_Distill"]["text"][0].startswith(LEARNED[name])
+    assert shown["DMD_Compare"]["text"][1].startswith("student: 1 NFE")
+    (saved,) = shown["DMD_SaveStudent"]["text"]
+    file = Path(saved.partition(": press R, then use Load")[0])
+    assert page.server.base / "models/loras/dmd" in file.parents
+    found = recognise(*peek(file), str(file))
+    assert found.recipe and found.recipe.nfe == 1
+
+
+def test_no_workflow_is_left_out() -> None:
+    others = {QUICKSTART.stem, "distil-digits"}
+    assert {workflow.stem for workflow in WORKFLOWS} == {*RECIPES, *LEARNED, *others}
