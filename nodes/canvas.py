@@ -16,6 +16,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, autocast, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -47,8 +48,11 @@ FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 def is_quantised(model: ModelPatcher) -> bool:
     """Whether weights are kept in 8 bits or fewer."""
-    weights = model.model.diffusion_model.parameters()
-    return any(w.dtype not in FULL_PRECISION for w in weights)
+    return not all(map(_is_full, model.model.diffusion_model.parameters()))
+
+
+def _is_full(weight: Tensor) -> bool:
+    return weight.dtype in FULL_PRECISION and not isinstance(weight, QuantizedTensor)
 
 
 def noise_of(model: ModelPatcher) -> tuple[Noise, Prediction]:
@@ -93,7 +97,7 @@ def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) 
     for name, value in chain(original.named_parameters(), original.named_buffers()):
         key = DIFFUSION_MODEL + name
         weight = own_weights.get(key, value)
-        own = dtype if weight.dtype in FULL_PRECISION else weight.dtype
+        own = dtype if _is_full(weight) else weight.dtype
         if key in model.patches:
             whole = weight.to(device, torch.float32, copy=True)
             _, _, convert = get_key_weight(model.model, key)
@@ -120,12 +124,12 @@ class CanvasNetwork(Network):
     """
 
     file_dtype = torch.float16
-    license = "unknown"
 
     def __init__(self, wired: Wired, config: Config, device: torch.device) -> None:
         model = wired.model
         self.noise, self.prediction = noise_of(model)
         self.family, self.half = family_of(model), config.half(device)
+        self.license = wired.license
         own = copy.deepcopy(model.get_model_object("model_sampling"))
         self.sigma_data = float(getattr(own, "sigma_data", 0.5))
         self.latent_format = model.get_model_object("latent_format")
@@ -276,7 +280,8 @@ class CanvasNetwork(Network):
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         recompute = checkpoint or partial(torch_checkpoint, use_reentrant=False)
         for block in _blocks(self.module):
-            block.forward = partial(_recomputed, recompute, block.forward)
+            if getattr(block.forward, "func", None) is not _recomputed:  # two adapters ask twice
+                block.forward = partial(_recomputed, recompute, block.forward)
 
     def canonical_name(self, name: str) -> str:
         """diffusers' where there is one, as a headless run has it."""

@@ -94,7 +94,12 @@ class Wired:
         return texts if plain and len(set(texts)) == len(texts) else None
 
     @property
-    def classes(self) -> bool:
+    def license(self) -> str:
+        """Of the model's file."""
+        return recognise(*peek(self.file), str(self.file)).license if self.file else "unknown"
+
+    @property
+    def has_all_classes(self) -> bool:
         """Whether the conditions are all classes of the model, in order."""
         if not isinstance(self.model.model, EDMModel):
             return False
@@ -106,7 +111,7 @@ class Wired:
         if self.file is None or self.pairs is not None:
             return False
         if isinstance(self.model.model, EDMModel):
-            return self.classes
+            return self.has_all_classes
         empty = not self.negative or all(o.get(PROMPT) == "" for _, o in rows_of(self.negative))
         return self.prompts is not None and (empty or config.guidance == 1)
 

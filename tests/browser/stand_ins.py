@@ -14,20 +14,22 @@ from safetensors.torch import load_file, save_file
 
 SDXL, SD15 = "sd_xl_base_1.0.safetensors", "v1-5-pruned-emaonly-fp16.safetensors"
 SD3 = "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"
+WIDTHS = {SD15: (768, 0), SDXL: (2048, 1280), SD3: CONTEXT["SD3"]}
+"""Base model -> width of its text condition and of the pooled one."""
 
-PROMPTS = ["a red fox in the snow", "a bowl of fruit", "a lighthouse on a cliff"]
+TEXT_ENCODERS = ("CLIPTextEncode", "DMD_Prompts")
+"""Nodes that need what the stand-ins do not have."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "DMD_OneStepSampler": {"width": 64, "height": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 4},
-    "DMD_Prompts": {"source": "the text below", "text": "\n".join(PROMPTS)},
     "DMD_TeacherPairs": {"count": 2, "steps": 2, "width": 64, "height": 64},
     "DMD_Distill": {
         "steps": 2,
         "resolution": 64,
         "rank": 4,
-        "advanced": "batch_size: 2\ncritic_updates: 1\npair_steps: 2\nregression_warmup_steps: 1",
+        "advanced": "batch_size: 2\ncritic_updates: 1\npair_steps: 2",
     },
     "DMD_Compare": {"count": 2, "teacher_steps": 2, "width": 64, "height": 64},
 }
@@ -41,8 +43,8 @@ def put_files(models: Path) -> None:
     )
     for folder in (checkpoints, unets, loras):
         folder.mkdir(parents=True, exist_ok=True)
-    tiny_sdxl(checkpoints / SDXL, clip=True)
-    tiny_sd15(checkpoints / SD15, clip=True)
+    tiny_sdxl(checkpoints / SDXL)
+    tiny_sd15(checkpoints / SD15)
     tiny_sd3(checkpoints / SD3)
     unet_alone(unets / "dmd2_sdxl_1step_unet_fp16.bin", tiny_sdxl)
     unet_alone(unets / "dmd2_sd15_1step_unet.bin", tiny_sd15)
@@ -66,36 +68,33 @@ def unet_alone(path: Path, make: Callable[[Path, int], None]) -> None:
 
 
 def made_small(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The same prompt (API form) for the stand-ins: 64 pixels, few steps, few prompts."""
+    """The same prompt (API form) for the stand-ins: 64 pixels, few steps, random conditions."""
+    (base,) = (
+        node["inputs"]["ckpt_name"]
+        for node in prompt.values()
+        if node["class_type"] == "CheckpointLoaderSimple"
+    )
+    width, pooled_width = WIDTHS[base]
     small = {}
     for node_id, node in prompt.items():
         kind = node["class_type"]
-        small[node_id] = {"class_type": kind, "inputs": node["inputs"] | SMALL.get(kind, {})}
-    if any(node["inputs"].get("ckpt_name") == SD3 for node in prompt.values()):
-        return without_text_encoder(small, *CONTEXT["SD3"])
-    return small
+        inputs = node["inputs"] | SMALL.get(kind, {})
+        if kind in TEXT_ENCODERS:
+            kind = "Probe_Conditioning"
+            inputs = {"seed": 1, "width": width, "pooled_width": pooled_width}
+        small[node_id] = {"class_type": kind, "inputs": inputs}
+    return _without_second_outputs(small)
 
 
-def without_text_encoder(prompt: dict[str, Any], width: int, pooled_width: int) -> dict[str, Any]:
-    """Random conditions in the place of DMD Prompts', for a file that cannot encode."""
-    (prompts,) = (id for id, node in prompt.items() if node["class_type"] == "DMD_Prompts")
-    random = {
-        f"{prompts}{name}": {
-            "class_type": "Probe_Conditioning",
-            "inputs": {"seed": seed, "width": width, "pooled_width": pooled_width},
-        }
-        for seed, name in enumerate(("conditions", "negative"))
-    }
-    output_of = {(prompts, i): [name, 0] for i, name in enumerate(random)}
-    wired = {
-        node_id: {
-            "class_type": node["class_type"],
-            "inputs": {
-                key: output_of.get(tuple(value), value) if isinstance(value, list) else value
-                for key, value in node["inputs"].items()
-            },
-        }
-        for node_id, node in prompt.items()
-        if node_id != prompts
-    }
-    return wired | random
+def _without_second_outputs(prompt: dict[str, Any]) -> dict[str, Any]:
+    """What was wired to DMD Prompts' negative now comes from a Probe_Conditioning of its own."""
+    negatives = {}
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and name == "negative" and value[1] == 1:
+                random = prompt[value[0]]
+                negatives[f"{value[0]}, negative"] = random | {
+                    "inputs": random["inputs"] | {"seed": 2}
+                }
+                node["inputs"][name] = [f"{value[0]}, negative", 0]
+    return prompt | negatives

@@ -298,6 +298,21 @@ def test_a_checkpoints_run_is_written_down_for_a_terminal_which_learns_the_same(
     assert distance(run, tmp_path / "headless") <= 0.01
     one, other = run / "student.safetensors", tmp_path / "headless/student.safetensors"
     assert load_file(one).keys() == load_file(other).keys()
+    assert metadata_of(one) == metadata_of(other)
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
+
+
+def test_gradient_checkpointing_changes_nothing_that_a_lora_learns(server: Server) -> None:
+    for name, checkpointing in (("kept", False), ("computed again", True)):
+        graph = Graph()
+        settings = SD | {"gradient_checkpointing": checkpointing}
+        sd15_run(server, graph, run=name, steps=2, advanced=settings)
+        server.run(graph)
+    assert distance(run_of(server, "kept"), run_of(server, "computed again")) <= 1e-3
 
 
 def test_a_checkpoints_run_begun_in_a_terminal_goes_on_in_the_graph_by_its_file_alone(
