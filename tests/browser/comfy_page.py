@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from comfy_host import PACK, PACK_NAME, PromptFailed, PromptRefused, Server
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Browser, Locator, Page, Route
 
 ARTEFACTS = PACK / "tests/artefacts"
+RENDERERS = ["classic", "nodes-2.0"]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # or a Templates dialog covers the canvas
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
 
 
 class ComfyPage:
@@ -84,8 +93,8 @@ class ComfyPage:
         left, top, right, bottom = map(round, box)
         return left, top, right, bottom
 
-    def load_lines(self) -> list[Locator]:
-        """The lines on the load nodes that say what a file is, from the top of the graph down."""
+    def lines(self) -> list[Locator]:
+        """The lines that this pack draws on its nodes, from the top of the graph down."""
         lines = self.page.locator(".dmd-summary")
         lines.first.wait_for(state="attached")
         return lines.all()
@@ -116,8 +125,78 @@ class ComfyPage:
         )
         return prompt
 
+    def line(self, node_type: str) -> str:
+        """What the line says that this pack draws on the (first) node of a type."""
+        text: str = self.page.evaluate(
+            """type => {
+                const { element } = window.app.graph.nodes.find(node => node.type === type)
+                    .widgets.find(widget => widget.element?.className === "dmd-summary")
+                return element.checkVisibility() ? element.innerText : "hidden"
+            }""",
+            node_type,
+        )
+        return text
+
+    def listen(self) -> None:
+        """From now on keep what the server says of running nodes: `told` and `previews`."""
+        self.page.evaluate(
+            """() => {
+                const { told } = window
+                window.told = []
+                window.previews = {}
+                if (told) return
+                const { api } = window.app
+                api.addEventListener("progress_text", ({ detail }) => window.told.push(detail.text))
+                api.addEventListener("b_preview_with_metadata", ({ detail }) => {
+                    window.previews[detail.nodeId] = (window.previews[detail.nodeId] ?? 0) + 1
+                })
+            }"""
+        )
+
+    def told(self) -> list[str]:
+        """Every progress text since `listen`."""
+        texts: list[str] = self.page.evaluate("() => window.told")
+        return texts
+
+    def set_widgets(self, node_type: str, **values: Any) -> None:
+        """Type into widgets of the (first) node of a type."""
+        self.page.evaluate(
+            """([type, values]) => {
+                const node = window.app.graph.nodes.find(node => node.type === type)
+                for (const widget of node.widgets)
+                    if (widget.name in values) widget.value = values[widget.name]
+            }""",
+            [node_type, values],
+        )
+
+    def look_at(self, *node_types: str) -> None:
+        """Zoom to the nodes of these types, clear of the page's bars."""
+        self.page.evaluate(
+            """types => {
+                const { graph, canvas } = window.app
+                const nodes = graph.nodes.filter(({ type }) => types.includes(type))
+                const boxes = nodes.map(node => node.boundingRect)
+                const left = Math.min(...boxes.map(([x]) => x))
+                const top = Math.min(...boxes.map(([, y]) => y))
+                const width = Math.max(...boxes.map(([x, , w]) => x + w)) - left
+                const height = Math.max(...boxes.map(([, y, , h]) => y + h)) - top
+                const { clientWidth, clientHeight } = canvas.canvas
+                const scale = Math.min((clientWidth - 120) / width, (clientHeight - 160) / height)
+                canvas.ds.scale = scale
+                canvas.ds.offset = [80 / scale - left, 130 / scale - top]
+                canvas.setDirty(true, true)
+            }""",
+            list(node_types),
+        )
+        self.page.wait_for_timeout(1000)
+
     def queue(self, timeout: float = 120) -> dict[str, Any]:
         """Press Run and wait for the end: the history entry; raises as `Server.run` does."""
+        self.press_run()
+        return self.wait_for_end(timeout)
+
+    def press_run(self) -> None:
+        """Queue the open workflow."""
         self.page.evaluate(
             """() => {
                 window.runEnd = null
@@ -135,6 +214,13 @@ class ComfyPage:
             self.page.evaluate("() => window.app.queuePrompt(0, 1)")
         if answer.value.status == 400:
             raise PromptRefused(answer.value.json())
+
+    def press_stop(self) -> None:
+        """What the red button beside Run does."""
+        self.page.evaluate("() => window.app.api.interrupt()")
+
+    def wait_for_end(self, timeout: float = 120) -> dict[str, Any]:
+        """Of what `press_run` queued."""
         self.page.wait_for_function("() => window.runEnd", timeout=timeout * 1000)
         end = self.page.evaluate("() => window.runEnd")
         if end["event"] != "execution_success":
@@ -147,3 +233,22 @@ class ComfyPage:
         file = ARTEFACTS / f"{name}-{self.renderer}.png"
         self.page.screenshot(path=file)
         return file
+
+
+@contextmanager
+def opened(server: Server, browser: Browser, renderer: str) -> Iterator[ComfyPage]:
+    """The page, drawing nodes in one of RENDERERS."""
+    server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": renderer == "nodes-2.0"})
+
+    def only_the_server(route: Route) -> None:
+        if route.request.url.startswith(server.address):
+            route.continue_()
+        else:
+            route.abort()
+
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.route("**/*", only_the_server)
+    comfy = ComfyPage(context.new_page(), server, renderer)
+    comfy.open()
+    yield comfy
+    context.close()

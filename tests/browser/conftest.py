@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 from comfy_host import PACK, Server
-from comfy_page import ComfyPage
-from playwright.sync_api import Browser, Playwright, Route, sync_playwright
+from comfy_page import RENDERERS, ComfyPage, opened
+from playwright.sync_api import Browser, Playwright, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"  # tests/install_system.sh
 PROBE_NODES = PACK / "tests/comfy/probe_nodes"
@@ -24,12 +24,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,  # or a Templates dialog covers the canvas
-    "Comfy.Workflow.Persist": False,
-    "Comfy.Minimap.Visible": False,
-    "Comfy.Graph.CanvasInfo": False,
-}
 
 
 def launch(playwright: Playwright) -> Browser:
@@ -52,19 +46,7 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture(params=["classic", "nodes-2.0"])
+@pytest.fixture(params=RENDERERS)
 def page(request: pytest.FixtureRequest, server: Server, browser: Browser) -> Iterator[ComfyPage]:
-    server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": request.param == "nodes-2.0"})
-
-    def only_the_server(route: Route) -> None:
-        if route.request.url.startswith(server.address):
-            route.continue_()
-        else:
-            route.abort()
-
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.route("**/*", only_the_server)
-    comfy = ComfyPage(context.new_page(), server, request.param)
-    comfy.open()
-    yield comfy
-    context.close()
+    with opened(server, browser, request.param) as comfy:
+        yield comfy

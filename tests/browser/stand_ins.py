@@ -17,9 +17,6 @@ SD3 = "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"
 WIDTHS = {SD15: (768, 0), SDXL: (2048, 1280), SD3: CONTEXT["SD3"]}
 """Base model -> width of its text condition and of the pooled one."""
 
-TEXT_ENCODERS = ("CLIPTextEncode", "DMD_Prompts")
-"""Nodes that need what the stand-ins do not have."""
-
 SMALL: dict[str, dict[str, Any]] = {
     "DMD_OneStepSampler": {"width": 64, "height": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
@@ -75,26 +72,18 @@ def made_small(prompt: dict[str, Any]) -> dict[str, Any]:
         if node["class_type"] == "CheckpointLoaderSimple"
     )
     width, pooled_width = WIDTHS[base]
-    small = {}
+
+    def random(seed: int) -> dict[str, Any]:
+        inputs = {"seed": seed, "width": width, "pooled_width": pooled_width}
+        return {"class_type": "Probe_Conditioning", "inputs": inputs}
+
+    small = {"negative": random(2)}
     for node_id, node in prompt.items():
         kind = node["class_type"]
         inputs = node["inputs"] | SMALL.get(kind, {})
-        if kind in TEXT_ENCODERS:
-            kind = "Probe_Conditioning"
-            inputs = {"seed": 1, "width": width, "pooled_width": pooled_width}
-        small[node_id] = {"class_type": kind, "inputs": inputs}
-    return _without_second_outputs(small)
-
-
-def _without_second_outputs(prompt: dict[str, Any]) -> dict[str, Any]:
-    """What was wired to DMD Prompts' negative now comes from a Probe_Conditioning of its own."""
-    negatives = {}
-    for node in prompt.values():
-        for name, value in node["inputs"].items():
-            if isinstance(value, list) and name == "negative" and value[1] == 1:
-                random = prompt[value[0]]
-                negatives[f"{value[0]}, negative"] = random | {
-                    "inputs": random["inputs"] | {"seed": 2}
-                }
-                node["inputs"][name] = [f"{value[0]}, negative", 0]
-    return prompt | negatives
+        match inputs.get("negative"):
+            case [_, 1]:  # the second output of DMD Prompts
+                inputs["negative"] = ["negative", 0]
+        is_text = kind in ("CLIPTextEncode", "DMD_Prompts")
+        small[node_id] = random(1) if is_text else {"class_type": kind, "inputs": inputs}
+    return small

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from typing import Any
 
 import pytest
 from comfy_host import PACK, PACK_NAME, Server
 from node_texts import FILE, PREFIX, node_texts
+
+from dmd_train.config import Config
+
+OF_THE_GRAPH = {"teacher", "prompts", "output", "preset", "device", "seed"}
+"""Settings that wires and widgets of DMD Distill make."""
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +51,11 @@ def test_each_help_page_is_served_and_names_every_input_and_output(
         slots += node["output_name"]
         assert [name for name in slots if f"`{name}`" not in page] == [], node_id
         assert all(part in page for part in ("## Example", "## When it does not work"))
+
+
+def test_the_help_page_of_dmd_distill_explains_every_setting_and_no_other() -> None:
+    page = (PACK / "js/docs/DMD_Distill.md").read_text()
+    table = page.partition("## Settings for `advanced`")[2].partition("## Example")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(Config.model_fields.keys() - OF_THE_GRAPH)
