@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train import networks
+from ..dmd_train.checkpoint import RunFolder
 from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
 from ..dmd_train.errors import UserError
 from ..dmd_train.networks.edm import EDMNetwork
@@ -208,7 +209,7 @@ class DMDContinueRun(io.ComfyNode):
             description="Go on with a run that was stopped, here or in a terminal, by the settings "
             "it was begun with. Of a run of a checkpoint nothing needs to be wired.",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
                 io.Combo.Input(
                     "run",
@@ -270,7 +271,8 @@ class DMDContinueRun(io.ComfyNode):
                 f"{path}: was begun with a MODEL that is no file by itself. Wire that MODEL and "
                 "its conditions into this node."
             )
-        wired = Wired(model, conditions, negative, pairs, vae)
+        file = wired_file(model, cls.hidden.prompt, node_id)
+        wired = Wired(model, conditions, negative, pairs, vae, file)
         config = config.model_copy(update=wired.names(config))
         return bring_to_its_end(config, wired, node_id)
 
@@ -340,6 +342,8 @@ def _from_file(config: Config, node_id: str) -> Wired:
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
         str(file), embedding_directory=embeddings
     )
+    if RunFolder(config).finished:
+        return Wired(model, [], vae=vae, file=file)
     prompts = config.prompts and _found(config.prompts)
     conditions, negative = encode(clip, read_prompts(prompts), node_id)
     return Wired(model, conditions, negative, vae=vae, file=file)

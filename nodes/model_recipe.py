@@ -24,7 +24,7 @@ FAMILIES: dict[str, Sequence[str]] = {
 """Our name of a family -> the classes of comfy.supported_models that are of it."""
 
 
-NATIVE_SIZES = {"sd1": 512, "sd2": 768}
+NATIVE_SIZES = {"sd1": 512, "sd2": 512}
 
 
 def recipe_of(model: ModelPatcher) -> Recipe | None:
@@ -49,7 +49,10 @@ def native_size(model: ModelPatcher) -> int:
     config = model.model.model_config
     if isinstance(config, EDMConfig):
         return config.native_size
-    return NATIVE_SIZES.get(family_of(model), 1024)
+    family = family_of(model)
+    if family == "sd2" and model.model.model_type == comfy.model_base.ModelType.V_PREDICTION:
+        return 768
+    return NATIVE_SIZES.get(family, 1024)
 
 
 def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:

@@ -130,7 +130,7 @@ class ComfyPage:
         text: str = self.page.evaluate(
             """type => {
                 const { element } = window.app.graph.nodes.find(node => node.type === type)
-                    .widgets.find(widget => widget.element?.className === "dmd-summary")
+                    .widgets.find(widget => widget.element?.matches(".dmd-summary"))
                 return element.checkVisibility() ? element.innerText : "hidden"
             }""",
             node_type,

@@ -53,7 +53,7 @@ class Trained:
     """Of the node, in the middle of the run, from 0 to 1."""
 
 
-def wait_for_line(page: ComfyPage, kind: str, at_least: int, timeout: float = 200) -> None:
+def wait_for_line(page: ComfyPage, kind: str, at_least: int, timeout: float = 400) -> None:
     """Until the line on DMD Distill has come so far."""
     page.page.wait_for_function(
         """([kind, least]) => {
@@ -91,7 +91,7 @@ def trained(server: Server, browser: Browser) -> Iterator[Trained]:
             f"() => [{node}.imgs?.[0]?.naturalWidth ?? 0, {node}.progress ?? 0]"
         )
         page.screenshot("distil-digits-learning")
-        entry = page.wait_for_end(timeout=300)
+        entry = page.wait_for_end(timeout=600)
         page.page.wait_for_timeout(1000)
         page.screenshot("distil-digits-finished")
 

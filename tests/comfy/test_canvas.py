@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from checkpoints import tiny_sd2_v, tiny_sd15, tiny_sdxl
+from checkpoints import tiny_sd2_eps, tiny_sd2_v, tiny_sd15, tiny_sdxl
 from comfy_host import Server
 from diffusers import UNet2DConditionModel
 from flow_model import (
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmd_train.network import Condition
-from dmd_train.networks import load
+from dmd_train.networks import load, sd_file
 from dmd_train.networks.stable_diffusion import StableDiffusion
 from dmd_train.noise import Flow, per_sample
 
@@ -116,6 +118,19 @@ def test_a_unet_on_the_canvas_predicts_what_diffusers_predicts_of_its_file(
     assert asked.told[:2] == list(FAMILY[family])
     assert asked.found["image"].shape == (3, 3, 64, 64)
     assert float(asked.found["gradient"].norm()) > 0
+
+
+@pytest.mark.parametrize(("make", "side"), [(tiny_sd2_eps, 512), (tiny_sd2_v, 768)])
+def test_sd_2_is_distilled_at_the_size_that_its_kind_was_made_for(
+    server: Server, make: Callable[[Path], None], side: int
+) -> None:
+    graph = Graph()
+    loaded = graph.add("CheckpointLoaderSimple", ckpt_name=put(server, make))
+    empty = graph.add("DMD_EmptyLatent", model=loaded, width=0, height=0, batch_size=1)
+    (latent,) = sample(server, graph, empty)
+    assert latent.shape == (1, 4, side // 8, side // 8)
+    headless = sd_file.open_sd(server.base / "models/checkpoints" / f"{make.__name__}.safetensors")
+    assert headless.native_size == side
 
 
 def test_a_lora_before_the_node_is_in_what_it_predicts(server: Server) -> None:
