@@ -174,7 +174,7 @@ class CanvasNetwork(Network):
             if row == NEGATIVE and guidance == 1:
                 continue
             try:
-                self.predict_x0(x_t, t, {"row": torch.tensor([row])})
+                mu = self.predict_x0(x_t, t, {"row": torch.tensor([row])})
             except (RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -183,6 +183,11 @@ class CanvasNetwork(Network):
                     f"({str(error).splitlines()[0][:100]}). Encode prompts with the CLIP that "
                     "belongs to this model."
                 ) from error
+            if not mu.isfinite().all():
+                raise UserError(
+                    f"{socket}: with it {self.family} predicts values that are not finite. Try "
+                    "another text encoder, or the model in another precision."
+                )
 
     @property
     def module(self) -> nn.Module:

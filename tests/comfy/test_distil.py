@@ -537,6 +537,14 @@ def no_negative(server: Server, graph: Graph) -> None:
     distil(graph, loaded, graph.condition("sd15"), resolution=64, advanced=SD)
 
 
+def conditions_that_are_no_numbers(server: Server, graph: Graph) -> None:
+    loaded = graph.add("CheckpointLoaderSimple", ckpt_name=sd15(server))
+    nan = torch.full((1, 77, 768), float("nan"))
+    save_file({"text": nan}, server.base / "input/nan.safetensors")
+    broken = graph.add("Probe_LoadConditioning", name="nan")
+    distil(graph, loaded, broken, resolution=64, guidance=1.0, advanced=SD)
+
+
 def no_labels(server: Server, graph: Graph) -> None:
     model = graph.add("DMD_LoadCheckpoint", file=DIGITS)
     distil(graph, model, graph.condition("sd15"), advanced=SHORT)
@@ -606,6 +614,7 @@ def more_than_the_device_has(server: Server, graph: Graph) -> None:
 REFUSED: dict[Wiring, str] = {
     another_familys_conditions: "conditions: sd1 cannot read this CONDITIONING",
     conditions_without_the_pooled_text: "conditions: sdxl cannot read this CONDITIONING",
+    conditions_that_are_no_numbers: "conditions: with it sd1 predicts values that are not finite",
     no_negative: "negative: guidance needs one. Wire DMD Prompts' negative, or set guidance: 1.",
     no_labels: "conditions: this model draws the classes 0 to 9. Wire DMD Class Label",
     no_class_at_all: "conditions: this model draws the classes 0 to 9. Wire DMD Class Label",
