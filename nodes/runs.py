@@ -79,8 +79,10 @@ class Wired:
 
     @cached_property
     def conditions_name(self) -> str:
+        """Names the pairs too: other pairs, another run."""
         told = self.rows + (rows_of(self.negative) if self.negative else [])
-        return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}"
+        pairs = f", {self.pairs.count} pairs of {self.pairs.folder.name}" if self.pairs else ""
+        return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}{pairs}"
 
     @cached_property
     def model_name(self) -> str:

@@ -38,7 +38,7 @@ class TeacherPairs:
     folder: Path
     conditions: str
     shape: tuple[int, int, int]
-    cfg: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class DMDTeacherPairs(io.ComfyNode):
         except comfy.model_management.InterruptProcessingException:
             say(f"{kept} of {count} pairs kept; the same settings go on from there", node_id)
             raise
-        pairs = TeacherPairs(folder, fingerprint(rows), shape, cfg)
+        pairs = TeacherPairs(folder, fingerprint(rows), shape, count)
         line = f"{count} pairs of {len(rows)} conditions in output/dmd_pairs/{folder.name}"
         return io.NodeOutput(pairs, ui={"text": (line,)})
 

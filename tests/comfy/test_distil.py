@@ -517,6 +517,34 @@ def test_an_eight_bit_base_learns_a_lora_and_says_why_not_more(server: Server) -
     assert "8 bits or fewer, which no optimiser can step. Choose a LoRA preset" in message
 
 
+def test_a_run_named_after_its_settings_is_another_one_with_other_pairs(server: Server) -> None:
+    folders = []
+    for count in (4, 8, 4):
+        graph = Graph()
+        model = graph.add("DMD_LoadCheckpoint", file=DIGITS)
+        labels = graph.add("DMD_ClassLabel", labels="0-9")
+        pairs = graph.add(
+            "DMD_TeacherPairs",
+            model=model,
+            conditions=labels,
+            name="few",
+            count=count,
+            seed=0,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            width=0,
+            height=0,
+            batch_size=4,
+        )
+        short = SHORT | {"pair_batch_size": 2}
+        student = distil(graph, model, labels, steps=2, pairs=pairs, advanced=short)
+        shown = graph.add("Probe_ShowText", text=student[4])
+        folders.append(server.run(graph)["outputs"][shown.id]["text"][0])
+    assert folders[0] == folders[2] != folders[1]
+
+
 # --- bad wiring ---
 
 Wiring = Callable[[Server, Graph], object]
