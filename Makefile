@@ -17,7 +17,7 @@ test: .venv/runtime .venv/test
 	$(BIN)/python -m pytest
 
 comfy: .venv/runtime .venv/test
-	$(BIN)/python tests/comfy_host.py
+	$(BIN)/python tests/kit/comfy_host.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

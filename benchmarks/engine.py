@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmd_train.conditions import Classes
 from dmd_train.config import make_config
+from dmd_train.data.conditions import Classes
 from dmd_train.distil import Distillation
+from dmd_train.method.recipe import Recipe
+from dmd_train.method.roles import three_networks
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.networks.edm_unet import edm_unet
-from dmd_train.recipe import Recipe
-from dmd_train.roles import three_networks
 
 
 def build(size: int, device: torch.device) -> EDMNetwork:

@@ -15,16 +15,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "comfy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from checkpoints import tiny_sd15  # noqa: E402
-from comfy_host import Server  # noqa: E402
-from graphs import Graph, models  # noqa: E402
+from kit.checkpoints import tiny_sd15  # noqa: E402
+from kit.comfy_host import PROBE_NODES, Server  # noqa: E402
+from kit.graphs import Graph, models  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from dmd_train import cli, networks  # noqa: E402
+from dmd_train import networks  # noqa: E402
+from dmd_train.terminal import commands as cli  # noqa: E402
 
 PROMPTS = ["a red fox in the snow", "an old lighthouse", ""]
 DIGITS = {"pairs": 500, "sample_every": 10**6, "checkpoint_every": 10**6}
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sd-steps", type=int, default=20)
     arguments = parser.parse_args()
-    with Server([ROOT / "tests/comfy/probe_nodes"]) as server:
+    with Server([PROBE_NODES]) as server:
         sd15(server)
         for what, steps in (("digits", arguments.steps), ("SD 1.5", arguments.sd_steps)):
             graph, headless = [], []

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "comfy")]
+sys.path[:0] = [str(ROOT / "tests")]
 
-from checkpoints import tiny_sd15  # noqa: E402
-from comfy_host import Server  # noqa: E402
+from kit.checkpoints import tiny_sd15  # noqa: E402
+from kit.comfy_host import Server  # noqa: E402
 
 CHECKPOINT = "dmd2_1step_sd15.safetensors"  # a name that says how it is sampled
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--teacher-size", type=int, default=256)
     args = parser.parse_args()
 
-    packs = [ROOT / "tests/comfy/probe_nodes", ROOT / "benchmarks/bench_nodes"]
+    packs = [ROOT / "tests/kit/probe_nodes", ROOT / "benchmarks/bench_nodes"]
     with Server(packs) as server:
         folder = server.base / "models/checkpoints"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,3 +1,3 @@
-from .cli import main
+from .terminal.commands import main
 
 main()

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError
-from .noise import TIMESTEPS
+from .method.noise import TIMESTEPS
 from .presets import PRESETS
 
 DIGITS = "digits"

@@ -10,22 +10,22 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from .checkpoint import Checkpoint, RunFolder
-from .conditions import Conditions
 from .config import Config
+from .data.conditions import Conditions
+from .data.pairs import Pairs
 from .errors import UserError
 from .learner import Learner, StudentEMA
-from .network import Condition, Network
-from .objectives import Denoising, DistributionMatching, Regression
-from .pairs import Pairs
-from .processes import Processes, whole
-from .recipe import Recipe
-from .report import SampleSheet, save_picture
-from .roles import Roles, three_networks, two_adapters
-from .sample import sample_student
-from .seeding import generator, randn
-from .student import write_student
-from .trackers import Trackers
+from .method.network import Condition, Network
+from .method.objectives import Denoising, DistributionMatching, Regression
+from .method.processes import Processes, whole
+from .method.recipe import Recipe
+from .method.roles import Roles, three_networks, two_adapters
+from .method.sample import sample_student
+from .method.seeding import generator, randn
+from .run.folder import Checkpoint, RunFolder
+from .run.report import SampleSheet, save_picture
+from .run.student import write_student
+from .run.trackers import Trackers
 
 LOG_EVERY = 10
 """Student updates between two looks at the losses: one host-device sync for all of them."""

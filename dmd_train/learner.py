@@ -11,8 +11,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .config import Config
 from .errors import UserError
-from .processes import Processes, as_spread, whole
-from .roles import Role
+from .method.processes import Processes, as_spread, whole
+from .method.roles import Role
 
 
 def require_optimizer(config: Config) -> None:

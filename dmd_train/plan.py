@@ -15,18 +15,18 @@ import torch
 from rich.table import Table
 
 from . import networks
-from .conditions import Classes, Conditions, Prompts
 from .config import Config
+from .data.conditions import Classes, Conditions, Prompts
+from .data.pairs import PairBatch, Pairs
+from .data.prompts import SHARD, encode_prompts, read_prompts
 from .distil import Distillation, make_roles
+from .files.shards import Shards
+from .method.objectives import Regression
+from .method.sample import sample_teacher
+from .method.seeding import generator, randn
 from .networks.edm import EDMNetwork
-from .objectives import Regression
-from .pairs import PairBatch, Pairs
 from .prepare import regression_distance, require_possible
-from .prompts import SHARD, encode_prompts, read_prompts
-from .sample import sample_teacher
-from .seeding import generator, randn
-from .shards import Shards
-from .student import one_step_recipe
+from .run.student import one_step_recipe
 
 ITERATIONS = 3
 GIB = 1 << 30

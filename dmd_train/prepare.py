@@ -6,22 +6,22 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from .checkpoint import RunFolder
-from .conditions import Classes, Conditions, Prompts
 from .config import Config
+from .data.conditions import Classes, Conditions, Prompts
+from .data.pairs import Pairs, make_pairs, origin_of, teacher_sample
+from .data.prompts import encode_prompts, fits_on_disk, read_prompts, too_long
 from .errors import UserError
+from .files.shards import Shards
 from .learner import require_optimizer
-from .network import Network
+from .method.network import Network
+from .method.objectives import Distance, pseudo_huber
+from .method.processes import Processes
 from .networks import Loaded
 from .networks.edm import EDMNetwork
-from .objectives import Distance, pseudo_huber
-from .pairs import Pairs, make_pairs, origin_of, teacher_sample
 from .presets import PRESETS, presets_for
-from .processes import Processes
-from .prompts import encode_prompts, fits_on_disk, read_prompts, too_long
-from .shards import Shards
-from .terminal import StopRequest, bar, console
-from .trackers import require_trackers
+from .run.folder import RunFolder
+from .run.trackers import require_trackers
+from .terminal.bar import StopRequest, bar, console
 
 
 def require_possible(config: Config, loaded: Loaded) -> None:
@@ -111,6 +111,6 @@ def regression_distance(config: Config, network: Network) -> Distance:
         case "lpips":
             if not config.needs_pairs:
                 return functional.mse_loss
-            from .perceptual import lpips
+            from .networks.perceptual import lpips
 
             return lpips(network)

@@ -20,12 +20,12 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, autocast, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from ..dmd_train.adapters import UNET_LAYERS
-from ..dmd_train.conditions import Classes
 from ..dmd_train.config import Config
+from ..dmd_train.data.conditions import Classes
 from ..dmd_train.errors import UserError
-from ..dmd_train.network import Condition, Network
-from ..dmd_train.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction, per_sample
+from ..dmd_train.method.adapters import UNET_LAYERS
+from ..dmd_train.method.network import Condition, Network
+from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction, per_sample
 from .class_label import LABEL, EDMModel
 from .conditions import rows_of
 from .model_recipe import FAMILIES, family_of, native_size

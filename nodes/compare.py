@@ -17,7 +17,7 @@ from latent_preview import Latent2RGBPreviewer
 from torch import Tensor
 
 from ..dmd_train.errors import UserError
-from ..dmd_train.sheet import COLUMNS, grid, stack
+from ..dmd_train.run.pixels import COLUMNS, grid, stack
 from .conditions import rows_of
 from .model_recipe import family_of
 from .progress import EVERY, Progress, say

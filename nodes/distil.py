@@ -13,14 +13,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train import networks
-from ..dmd_train.checkpoint import RunFolder
 from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
+from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.read import peek
 from ..dmd_train.networks.edm import EDMNetwork
+from ..dmd_train.networks.recognise import recognise
 from ..dmd_train.presets import PRESETS, presets_for
-from ..dmd_train.prompts import read_prompts
-from ..dmd_train.recognise import recognise
-from ..dmd_train.weights import peek
+from ..dmd_train.run.folder import RunFolder
 from .class_label import edm_model
 from .model_files import PACK
 from .model_recipe import family_of

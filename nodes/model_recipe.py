@@ -10,8 +10,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train.errors import UserError
-from ..dmd_train.noise import TIMESTEPS
-from ..dmd_train.recipe import Recipe
+from ..dmd_train.method.noise import TIMESTEPS
+from ..dmd_train.method.recipe import Recipe
 from .class_label import EDMConfig
 
 ATTACHMENT = "dmd_recipe"

@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..dmd_train.data.prompts import SHIPPED, prompts_in, read_text
 from ..dmd_train.errors import UserError
-from ..dmd_train.prompts import SHIPPED, prompts_in, read_text
 from .conditions import PROMPT
 from .progress import Progress
 

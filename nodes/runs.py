@@ -14,11 +14,11 @@ import yaml
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train import networks
-from ..dmd_train.checkpoint import FREE_TO_CHANGE
 from ..dmd_train.config import CANVAS, DIGITS, Config
 from ..dmd_train.errors import UserError
-from ..dmd_train.recognise import recognise
-from ..dmd_train.weights import peek
+from ..dmd_train.files.read import peek
+from ..dmd_train.networks.recognise import recognise
+from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .class_label import LABEL, EDMModel
 from .conditions import PROMPT, fingerprint, rows_of
 from .fingerprint import model_fingerprint

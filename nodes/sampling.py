@@ -11,8 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
-from ..dmd_train.known_recipes import PRESETS
-from ..dmd_train.recipe import Recipe
+from ..dmd_train.method.recipe import Recipe
+from ..dmd_train.networks.published import PRESETS
 from .model_recipe import family_of, native_size, recipe_of, sigmas_of, with_recipe
 
 FROM_FILE, CUSTOM = "from the file", "custom timesteps"

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
-from ..dmd_train.files import write_atomically, write_safetensors
+from ..dmd_train.files.write import write_atomically, write_safetensors
 from .class_label import EDMConfig
 from .model_recipe import family_of
 from .progress import say

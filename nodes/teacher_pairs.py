@@ -14,10 +14,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dmd_train.conditions import Classes
+from ..dmd_train.data.conditions import Classes
+from ..dmd_train.data.pairs import Sample, make_pairs
 from ..dmd_train.errors import UserError
-from ..dmd_train.pairs import Sample, make_pairs
-from ..dmd_train.seeding import stream_seed
+from ..dmd_train.method.seeding import stream_seed
 from .conditions import Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
 from .model_recipe import family_of

@@ -15,16 +15,16 @@ from PIL import Image
 from torch import nn
 
 from ..dmd_train import networks
-from ..dmd_train.checkpoint import RunFolder
-from ..dmd_train.conditions import Classes
 from ..dmd_train.config import Config
+from ..dmd_train.data.conditions import Classes
+from ..dmd_train.data.pairs import Pairs, make_pairs, origin_of, teacher_sample
 from ..dmd_train.errors import UserError
-from ..dmd_train.files import hash_of, write_text
-from ..dmd_train.network import Network
-from ..dmd_train.objectives import Regression
-from ..dmd_train.pairs import Pairs, make_pairs, origin_of, teacher_sample
-from ..dmd_train.shards import Shards
-from ..dmd_train.student import one_step_recipe
+from ..dmd_train.files.shards import Shards
+from ..dmd_train.files.write import hash_of, write_text
+from ..dmd_train.method.network import Network
+from ..dmd_train.method.objectives import Regression
+from ..dmd_train.run.folder import RunFolder
+from ..dmd_train.run.student import one_step_recipe
 from .canvas import engine_network, is_quantised
 from .conditions import fingerprint
 from .model_files import PACK

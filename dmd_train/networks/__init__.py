@@ -15,12 +15,12 @@ import torch
 
 from ..config import CANVAS, DIGITS, Config
 from ..errors import UserError
-from ..files import hash_of, write_safetensors
-from ..network import NETWORK_KEY, Network
-from ..recipe import Recipe
-from ..recognise import FAMILY_NAMES, NODES, Found, recognise
-from ..weights import peek, read_weights
+from ..files.read import peek, read_weights
+from ..files.write import hash_of, write_safetensors
+from ..method.network import NETWORK_KEY, Network
+from ..method.recipe import Recipe
 from .edm import EDMNetwork
+from .recognise import FAMILY_NAMES, NODES, Found, recognise
 
 if TYPE_CHECKING:
     from .text import TextEncoder

@@ -11,8 +11,8 @@ from torch.nn import Embedding, Linear, Module, ModuleList, functional, init
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..noise import denoising_weight, edm_scalings, per_sample
-from ..seeding import generator, randn
+from ..method.noise import denoising_weight, edm_scalings, per_sample
+from ..method.seeding import generator, randn
 from .edm import EDMNetwork
 
 FAMILY = "digits"

@@ -5,8 +5,8 @@ import json
 import torch
 from torch import Tensor, nn
 
-from ..network import NETWORK_KEY, Condition, Network
-from ..noise import EDM, edm_scalings, per_sample, x0_from
+from ..method.network import NETWORK_KEY, Condition, Network
+from ..method.noise import EDM, edm_scalings, per_sample, x0_from
 
 
 class EDMNetwork(Network):

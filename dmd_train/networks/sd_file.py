@@ -14,11 +14,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..files import hash_of
-from ..noise import Prediction
-from ..recognise import LDM, recognise
-from ..weights import PICKLES, Shapes, peek, read_weights
+from ..files.read import PICKLES, Shapes, peek, read_weights
+from ..files.write import hash_of
+from ..method.noise import Prediction
 from . import sd_layout, text
+from .recognise import LDM, recognise
 from .sd_layout import VAE, Weights
 from .text import TextEncoder
 

@@ -13,8 +13,8 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from ..errors import UserError
-from ..files import hash_of
-from ..noise import TIMESTEPS
+from ..files.write import hash_of
+from ..method.noise import TIMESTEPS
 from . import sd_layout, text
 from .sd_file import GIVE, LATENT_SCALE, ZERO_SNR, SDFile, named, other_noise, predicts, read
 from .sd_layout import Weights

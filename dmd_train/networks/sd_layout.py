@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..recognise import LDM
+from .recognise import LDM
 
 Weights = dict[str, Tensor]
 

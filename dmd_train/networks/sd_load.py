@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ..adapters import merge_lora
 from ..config import load_config
 from ..errors import UserError
-from ..files import hash_of
-from ..recognise import Found
-from ..weights import peek, read_weights
+from ..files.read import peek, read_weights
+from ..files.write import hash_of
+from ..method.adapters import merge_lora
 from . import Loaded
+from .recognise import Found
 from .sd_file import open_sd
 from .stable_diffusion import stable_diffusion
 from .taesd import taesd

@@ -5,10 +5,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, autocast
 from torch.nn import Module
 
-from ..adapters import UNET_LAYERS
 from ..errors import UserError
-from ..network import Condition, Network
-from ..noise import VP, Prediction, x0_from
+from ..method.adapters import UNET_LAYERS
+from ..method.network import Condition, Network
+from ..method.noise import VP, Prediction, x0_from
 from .ldm_names import unet_names
 from .sd_file import SDFile
 from .text import TextEncoder

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import AutoencoderTiny
 
 from ..errors import UserError
-from ..weights import read_weights
+from ..files.read import read_weights
 
 DIFFUSERS = "decoder.layers."
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 from typing_extensions import Self
 
-from ..network import Condition
+from ..method.network import Condition
 from .sd_layout import Weights, count, fit
 
 LENGTH = 77

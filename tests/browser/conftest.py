@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from comfy_host import PACK, Server
-from comfy_page import RENDERERS, ComfyPage, opened
+from kit.comfy_host import PROBE_NODES, Server
+from kit.comfy_page import RENDERERS, ComfyPage, opened
 from playwright.sync_api import Browser, Playwright, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"  # tests/install_system.sh
-PROBE_NODES = PACK / "tests/comfy/probe_nodes"
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -32,7 +32,7 @@ def launch(playwright: Playwright) -> Browser:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """Not the server of tests/comfy: the page's settings and queue are one per server."""
+    """Not the server of tests/comfyui: the page's settings and queue are one per server."""
     with Server([PROBE_NODES]) as running:
         yield running
 

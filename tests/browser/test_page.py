@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from comfy_host import PromptFailed, PromptRefused
-from comfy_page import ComfyPage
+from kit.comfy_host import PromptFailed, PromptRefused
+from kit.comfy_page import ComfyPage
 from PIL import Image
 
 RED = 0xFF0000

@@ -8,8 +8,8 @@ import urllib.request
 from typing import Any
 
 import pytest
-from comfy_host import PACK, PACK_NAME, Server
-from node_texts import FILE, PREFIX, node_texts
+from kit.comfy_host import PACK, PACK_NAME, Server
+from kit.node_texts import FILE, PREFIX, node_texts
 
 from dmd_train.config import Config
 
@@ -24,7 +24,7 @@ def nodes(server: Server) -> dict[str, Any]:
 
 def test_the_texts_to_translate_are_the_nodes_own(nodes: dict[str, Any]) -> None:
     assert json.loads(FILE.read_text()) == node_texts(nodes), (
-        "write locales/en/nodeDefs.json anew: PYTHONPATH=tests python tests/browser/node_texts.py"
+        "write locales/en/nodeDefs.json anew: PYTHONPATH=tests python tests/kit/node_texts.py"
     )
 
 

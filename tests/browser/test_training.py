@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import PACK, PromptFailed, Server
-from comfy_page import ARTEFACTS, ComfyPage, opened
+from kit.comfy_host import PACK, PromptFailed, Server
+from kit.comfy_page import ARTEFACTS, ComfyPage, opened
 from PIL import Image, ImageStat
 from playwright.sync_api import Browser
 
 from dmd_train import networks
-from dmd_train.checkpoint import newest_checkpoint
-from dmd_train.metrics import SamplerNumbers, measure_digits
 from dmd_train.networks.edm import EDMNetwork
+from dmd_train.run.folder import newest_checkpoint
+from dmd_train.run.metrics import SamplerNumbers, measure_digits
 
 DISTIL_DIGITS = PACK / "workflows/distil-digits.json"
 DIGITS = 10

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_host import PACK, PACK_NAME, Server
+from kit.comfy_host import PACK, PACK_NAME, Server
 from PIL import Image
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_host import PACK, Server
-from comfy_page import ComfyPage
+from kit.comfy_host import PACK, Server
+from kit.comfy_page import ComfyPage
+from kit.stand_ins import made_small, put_files
 from PIL import Image, ImageStat
-from stand_ins import made_small, put_files
 
-from dmd_train.recognise import recognise
-from dmd_train.weights import peek
+from dmd_train.files.read import peek
+from dmd_train.networks.recognise import recognise
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 QUICKSTART = PACK / "workflows/quickstart-digits.json"

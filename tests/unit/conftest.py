@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from unit.sd_files import Tiny, pipelines, single_files
+from kit.sd_files import Tiny, pipelines, single_files
 
-from dmd_train import cli
+from dmd_train.terminal import commands as cli
 
 SHORT = {
     "teacher": "digits",

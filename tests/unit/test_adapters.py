@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from kit.tiny import config
+from kit.tiny_sd import SHAPE, Texts, tiny_sd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from unit.tiny import config
-from unit.tiny_sd import SHAPE, Texts, tiny_sd
 
-from dmd_train.adapters import Adapters, kohya_name, merge_lora
 from dmd_train.distil import Distillation
 from dmd_train.errors import UserError
+from dmd_train.method.adapters import Adapters, kohya_name, merge_lora
+from dmd_train.method.objectives import Denoising, DistributionMatching
+from dmd_train.method.recipe import Recipe
+from dmd_train.method.roles import Roles, three_networks, two_adapters
 from dmd_train.networks.stable_diffusion import StableDiffusion
-from dmd_train.objectives import Denoising, DistributionMatching
-from dmd_train.recipe import Recipe
-from dmd_train.roles import Roles, three_networks, two_adapters
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(family="sd1", prediction="eps", timesteps=(999,), noise_scale=1.0)

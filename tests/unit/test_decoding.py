@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from kit.tiny_sd import SHAPE, tiny_sd
 from safetensors.torch import save_file
 from torch import Tensor
-from unit.tiny_sd import SHAPE, tiny_sd
 
 from dmd_train.networks.taesd import taesd
 

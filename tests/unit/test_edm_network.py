@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from kit.tiny import edm_mlp, labels
 from torch import Tensor
-from unit.tiny import edm_mlp, labels
 
 from dmd_train import networks
 from dmd_train.errors import UserError
-from dmd_train.files import read_safetensors, write_safetensors
-from dmd_train.network import NETWORK_KEY
+from dmd_train.files.write import read_safetensors, write_safetensors
+from dmd_train.method.network import NETWORK_KEY
+from dmd_train.method.noise import EDM
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.networks.edm_unet import edm_unet
-from dmd_train.noise import EDM
 
 CPU = torch.device("cpu")
 CLASSES = 3

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kit.tiny import config
+from kit.tiny_sd import tiny_sd
 from safetensors.torch import load_file
 from torch import Tensor
 from unit.conftest import Command
-from unit.tiny import config
-from unit.tiny_sd import tiny_sd
 
 from dmd_train.distil import make_roles
 from dmd_train.errors import UserError
-from dmd_train.processes import Processes
+from dmd_train.method.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 RUN = {

@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from kit.tiny import Bare, Exact, RawMLP, config, drawn, pairs_of, recipe
 from torch import Tensor, nn
-from unit.tiny import Bare, Exact, RawMLP, config, drawn, pairs_of, recipe
 
-from dmd_train.conditions import Classes
+from dmd_train.data.conditions import Classes
 from dmd_train.distil import Distillation
 from dmd_train.learner import Learner
-from dmd_train.network import Condition
+from dmd_train.method.network import Condition
+from dmd_train.method.noise import EDM
+from dmd_train.method.objectives import Denoising, DistributionMatching
+from dmd_train.method.roles import Role, Roles
+from dmd_train.method.sample import sample_heun
+from dmd_train.method.seeding import generator, randn
 from dmd_train.networks.edm import EDMNetwork
-from dmd_train.noise import EDM
-from dmd_train.objectives import Denoising, DistributionMatching
-from dmd_train.roles import Role, Roles
-from dmd_train.sample import sample_heun
-from dmd_train.seeding import generator, randn
 
 CPU = torch.device("cpu")
 SHAPE = (2, 1, 1)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.adm import adm_denoiser, adm_state
 from torch import Tensor
-from unit.adm import adm_denoiser, adm_state
 
 from dmd_train import networks
 from dmd_train.errors import UserError

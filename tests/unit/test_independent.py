@@ -5,12 +5,12 @@ It shares nothing with the package but the network's own output, the noise and t
 
 import pytest
 import torch
+from kit.tiny_sd import SHAPE, Texts, tiny_sd
 from torch import Tensor
-from unit.tiny_sd import SHAPE, Texts, tiny_sd
 
+from dmd_train.method.noise import Prediction
+from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.networks.stable_diffusion import StableDiffusion
-from dmd_train.noise import Prediction
-from dmd_train.objectives import Denoising, DistributionMatching
 
 CPU = torch.device("cpu")
 SAME = 1e-5

@@ -16,12 +16,12 @@ from torch import Tensor
 from unit.conftest import Command
 
 from dmd_train import networks
-from dmd_train.metrics import frechet_distance
-from dmd_train.network import Condition
+from dmd_train.method.network import Condition
+from dmd_train.method.recipe import Recipe
+from dmd_train.method.sample import sample_student, sample_teacher
+from dmd_train.method.seeding import generator, randn
 from dmd_train.networks import Loaded
-from dmd_train.recipe import Recipe
-from dmd_train.sample import sample_student, sample_teacher
-from dmd_train.seeding import generator, randn
+from dmd_train.run.metrics import frechet_distance
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TEACHER = ASSETS / "coloured-digits"

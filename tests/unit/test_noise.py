@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmd_train.noise import (
+from dmd_train.method.noise import (
     EDM,
     VP,
     Flow,

@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
+from kit.tiny import Exact, Recorded, constant, drawn, edm_mlp, gaussian, labels
 from torch import Tensor, nn
-from unit.tiny import Exact, Recorded, constant, drawn, edm_mlp, gaussian, labels
 
 from dmd_train import networks
-from dmd_train.network import guided_x0
-from dmd_train.networks.edm import EDMNetwork
-from dmd_train.noise import EDM, VP, Flow, Noise
-from dmd_train.objectives import (
+from dmd_train.method.network import guided_x0
+from dmd_train.method.noise import EDM, VP, Flow, Noise
+from dmd_train.method.objectives import (
     Denoising,
     DistributionMatching,
     Regression,
@@ -20,6 +19,7 @@ from dmd_train.objectives import (
     pseudo_huber,
     with_gradient,
 )
+from dmd_train.networks.edm import EDMNetwork
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)

@@ -1,7 +1,7 @@
 """Which preset is for which model."""
 
 import pytest
-from unit.tiny import config, constant
+from kit.tiny import config, constant
 
 from dmd_train.config import Config, make_config
 from dmd_train.errors import UserError

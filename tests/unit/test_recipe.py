@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.tiny import config, recipe
 from pydantic import ValidationError
-from unit.tiny import config, recipe
 
 from dmd_train import networks
 from dmd_train.errors import UserError
-from dmd_train.files import read_safetensors
+from dmd_train.files.write import read_safetensors
+from dmd_train.method.recipe import RECIPE_KEY, Recipe, read_recipe
 from dmd_train.networks.edm_unet import edm_unet
-from dmd_train.recipe import RECIPE_KEY, Recipe, read_recipe
-from dmd_train.student import one_step_recipe, write_student
+from dmd_train.run.student import one_step_recipe, write_student
 
 CPU = torch.device("cpu")
 FOUR = (999, 749, 499, 249)

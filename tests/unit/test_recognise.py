@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from kit import publishers
+from kit.adm import adm_state
+from kit.tiny import recipe
 from safetensors.torch import save_file
-from unit import publishers
-from unit.adm import adm_state
-from unit.tiny import recipe
 
 from dmd_train import networks
 from dmd_train.config import make_config
 from dmd_train.errors import UserError
-from dmd_train.known_recipes import DMD2_LICENSE, PRESETS
+from dmd_train.files.read import peek, read_weights
+from dmd_train.method.recipe import RECIPE_KEY, Recipe
 from dmd_train.networks.digits import digits_network
-from dmd_train.recipe import RECIPE_KEY, Recipe
-from dmd_train.recognise import Found, recognise
-from dmd_train.student import write_student
-from dmd_train.weights import peek, read_weights
+from dmd_train.networks.published import DMD2_LICENSE, PRESETS
+from dmd_train.networks.recognise import Found, recognise
+from dmd_train.run.student import write_student
 
 SDXL_FOLDER = "sdxl_cond999_8node_lr5e-7_denoising4step_diffusion1000_gan5e-3_guidance8_noinit"
 COND399 = "sdxl_cond399_8node_lr5e-7_1step_diffusion1000_gan5e-3_guidance8"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dmd_train import cli
-from dmd_train.files import read_safetensors, write_atomically
+from dmd_train.files.write import read_safetensors, write_atomically
+from dmd_train.terminal import commands as cli
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 160, 10

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from kit.tiny import RawMLP, Recorded, config, edm_mlp, labels, pairs_of, recipe
 from torch import Tensor, nn
-from unit.tiny import RawMLP, Recorded, config, edm_mlp, labels, pairs_of, recipe
 
-from dmd_train.conditions import Classes
+from dmd_train.data.conditions import Classes
+from dmd_train.data.pairs import Pairs
 from dmd_train.distil import Distillation
 from dmd_train.learner import Learner, StudentEMA
-from dmd_train.network import Condition
-from dmd_train.pairs import Pairs
-from dmd_train.processes import Processes
-from dmd_train.roles import Role, three_networks
+from dmd_train.method.network import Condition
+from dmd_train.method.processes import Processes
+from dmd_train.method.roles import Role, three_networks
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 2)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.tiny import Recorded, config, edm_mlp, gaussian, labels, recipe
 from torch import Tensor
-from unit.tiny import Recorded, config, edm_mlp, gaussian, labels, recipe
 
-from dmd_train.conditions import Classes
 from dmd_train.config import Config
+from dmd_train.data.conditions import Classes
+from dmd_train.data.pairs import Pairs, make_pairs, origin_of, teacher_sample
 from dmd_train.errors import UserError
-from dmd_train.noise import EDM, VP, Flow, Noise
-from dmd_train.pairs import Pairs, make_pairs, origin_of, teacher_sample
-from dmd_train.sample import draw, sample_heun, sample_student, step_noise
-from dmd_train.shards import Shards
+from dmd_train.files.shards import Shards
+from dmd_train.method.noise import EDM, VP, Flow, Noise
+from dmd_train.method.sample import draw, sample_heun, sample_student, step_noise
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
@@ -232,7 +232,7 @@ def test_a_pair_is_the_same_whatever_it_is_made_together_with(
 ) -> None:
     """Shards of 4 in batches of 3, and one of 20 in batches of 5; the first 9 and all 20."""
     row, noise, image = whole(Pairs(Shards(pairs_folder(tmp_path, "pairs"))))
-    monkeypatch.setattr("dmd_train.pairs.BYTES", 1)
+    monkeypatch.setattr("dmd_train.data.pairs.BYTES", 1)
     settings = config(pairs=9, pair_steps=4, pair_batch_size=3)
     path = tmp_path / "few"
     list(made_in(path, settings))
@@ -247,7 +247,7 @@ def test_pairs_are_made_by_any_sampler_that_is_told_the_rows_and_the_first_numbe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In shards of 4, the last of 2, and batches of 3."""
-    monkeypatch.setattr("dmd_train.pairs.BYTES", 1)
+    monkeypatch.setattr("dmd_train.data.pairs.BYTES", 1)
     batches = []
 
     def halved(noise: Tensor, rows: Tensor, first: int) -> Tensor:

@@ -10,24 +10,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import (
-    UNET,
-    _ldm_names,
-    as_diffusers_unet,
-)
-from clip_layout import PARTS, clip_shapes
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from kit.checkpoints import UNET, _ldm_names, as_diffusers_unet
+from kit.clip_layout import PARTS, clip_shapes
+from kit.publishers import FOREIGN, diffusers_unet, kohya_lora
+from kit.sd_files import TINY, Tiny, write_scheduler
+from kit.tiny import recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unit.publishers import FOREIGN, diffusers_unet, kohya_lora
-from unit.sd_files import TINY, Tiny, write_scheduler
-from unit.tiny import recipe
 
 from dmd_train.errors import UserError
+from dmd_train.method.recipe import RECIPE_KEY
 from dmd_train.networks import sd_layout, text
 from dmd_train.networks.sd_file import open_sd
-from dmd_train.recipe import RECIPE_KEY
 
 OPENED = {
     "sd15": ("sd1", "eps", 512, 0.18215),

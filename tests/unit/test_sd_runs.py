@@ -17,21 +17,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from kit.publishers import diffusers_unet, kohya_lora
+from kit.sd_files import COLOURED_DIGITS, Tiny, micro_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unit.publishers import diffusers_unet, kohya_lora
-from unit.sd_files import COLOURED_DIGITS, Tiny, micro_pipeline
 
-from dmd_train import cli, files, networks, pairs, plan, prepare, prompts, terminal
-from dmd_train.checkpoint import RunFolder
+from dmd_train import networks, plan, prepare
 from dmd_train.config import Config, load_config
+from dmd_train.data import pairs, prompts
 from dmd_train.distil import Distillation, StepReport, distil, make_roles
-from dmd_train.files import hash_of, read_safetensors
+from dmd_train.files import write as files
+from dmd_train.files.write import hash_of, read_safetensors
+from dmd_train.method.processes import Processes
+from dmd_train.method.recipe import read_recipe
 from dmd_train.networks.text import TextEncoder
 from dmd_train.presets import PRESETS
-from dmd_train.processes import Processes
-from dmd_train.recipe import read_recipe
-from dmd_train.student import one_step_recipe
+from dmd_train.run.folder import RunFolder
+from dmd_train.run.student import one_step_recipe
+from dmd_train.terminal import bar as terminal
+from dmd_train.terminal import commands as cli
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -5,17 +5,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from kit.tiny import config, edm_mlp, pairs_of, recipe
 from torch import Tensor
-from unit.tiny import config, edm_mlp, pairs_of, recipe
 
-from dmd_train.conditions import Classes
+from dmd_train.data.conditions import Classes
 from dmd_train.distil import Distillation
 from dmd_train.errors import UserError
-from dmd_train.network import Condition
-from dmd_train.objectives import Denoising
-from dmd_train.processes import Processes
-from dmd_train.roles import three_networks
-from dmd_train.seeding import generator, randn
+from dmd_train.method.network import Condition
+from dmd_train.method.objectives import Denoising
+from dmd_train.method.processes import Processes
+from dmd_train.method.roles import three_networks
+from dmd_train.method.seeding import generator, randn
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 2)

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.tiny import InMemory
 from safetensors.torch import save_file
 from torch import Tensor
-from unit.tiny import InMemory
 
-from dmd_train import networks, shards
+from dmd_train import networks
 from dmd_train.config import load_config
+from dmd_train.data.pairs import Pairs, shard_size
 from dmd_train.errors import UserError
-from dmd_train.pairs import Pairs, shard_size
-from dmd_train.shards import ORIGIN_KEY, Shards, make_shards
+from dmd_train.files import shards
+from dmd_train.files.shards import ORIGIN_KEY, Shards, make_shards
 
 CPU = torch.device("cpu")
 TOTAL, SIZE = 23, 5

@@ -11,15 +11,15 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
+from kit.tiny import Exact, Recorded, edm_mlp, gaussian, labels
+from kit.tiny_sd import SHAPE, Texts, tiny_sd
 from torch import Tensor
-from unit.tiny import Exact, Recorded, edm_mlp, gaussian, labels
-from unit.tiny_sd import SHAPE, Texts, tiny_sd
 
 from dmd_train.errors import UserError
-from dmd_train.network import Condition
+from dmd_train.method.network import Condition
+from dmd_train.method.noise import Flow, Prediction
+from dmd_train.method.sample import draw, sample_euler, sample_teacher
 from dmd_train.networks.stable_diffusion import StableDiffusion
-from dmd_train.noise import Flow, Prediction
-from dmd_train.sample import draw, sample_euler, sample_teacher
 
 CPU = torch.device("cpu")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -1,0 +1,122 @@
+"""What the engine needs of a diffusion model: its posterior mean, its noise, its parameters."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..errors import UserError
+from .noise import Noise, Prediction, denoising_weight
+
+NETWORK_KEY = "dmd.network"
+"""The safetensors metadata key under which a file describes its network, as JSON."""
+
+Condition = dict[str, Tensor]
+"""What the model is told besides x_t and t: tensors whose first dimension is the batch."""
+
+
+class Network(ABC):
+    """A denoiser in posterior-mean form, mu(x_t, t, condition).
+
+    module: the network whose parameters are trained or frozen, in eval mode: DMD disables
+    dropout in all networks (B.1, B.2). shape: (C, H, W) of one sample.
+    """
+
+    module: nn.Module
+    noise: Noise
+    prediction: Prediction
+    shape: tuple[int, int, int]
+    family: str
+    license: str
+    sigma_data: float = 0.5
+    downscale: int = 1
+    """Pixels a side that one value of a sample stands for: 8 of most latents."""
+
+    latent_scale: float | None = None
+    """Of samples that are latents: what a VAE's are multiplied by for the network."""
+
+    file_dtype: torch.dtype = torch.float32
+    """Of a student's weights on disk."""
+
+    lora_targets: str = r".*"
+    """A regular expression for the names of the layers that adapters go on."""
+
+    @abstractmethod
+    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x_t: (B, C, H, W); t: (B,) timesteps 0..999 -> the estimate of x0, (B, C, H, W)."""
+
+    @abstractmethod
+    def null_condition(self, condition: Condition) -> Condition:
+        """The condition of the same batch size that stands for "no condition"."""
+
+    @abstractmethod
+    def file_metadata(self) -> dict[str, str]:
+        """What a file of these weights must say so that the network can be built again."""
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The weights under the names they have in a file."""
+        return self.module.state_dict()
+
+    def canonical_name(self, name: str) -> str:
+        """A layer or a weight of the module, as checkpoints and LoRAs call it.
+
+        One model may be built of differently named modules, as Stable Diffusion is by diffusers and
+        by ComfyUI; its runs are written down alike.
+        """
+        return name
+
+    def denoising_weight(self, t: Tensor) -> Tensor:
+        """The teacher's own training weight per sample, on |mu - x0|^2. (B,) float64."""
+        alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
+        return denoising_weight(self.prediction, alpha, sigma, self.sigma_data)
+
+    def to_images(self, x0: Tensor) -> Tensor:
+        """x0: (B, C, H, W) -> pictures in [-1, 1], (B, 1 or 3, H', W'); latents are decoded."""
+        return x0
+
+    def freeze(self) -> None:
+        """The module is not trained from here on, but may carry adapters."""
+        self.module.eval().requires_grad_(False)
+
+    def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
+        """Recompute activations in the backward pass, by `checkpoint` or torch's own.
+
+        Raises UserError where the module cannot.
+        """
+        enable = getattr(self.module, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise UserError(
+                f"gradient_checkpointing: {self.family} networks cannot. Set it to false."
+            )
+        enable(checkpoint)
+
+    def copy(self) -> Self:
+        """The same network with parameters of its own."""
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+def guided_x0(
+    network: Network, x_t: Tensor, t: Tensor, condition: Condition, guidance: float
+) -> Tensor:
+    """Classifier-free guidance, mu_0 + s (mu_c - mu_0), [uncond, cond] in one batch (DMD 3.4).
+
+    Guidance 1 is the plain conditional prediction. Linear in mu as in eps: alpha_t and sigma_t
+    are shared.
+    """
+    if guidance == 1:
+        return network.predict_x0(x_t, t, condition)
+    null = network.null_condition(condition)
+    both = {key: torch.cat([null[key], condition[key]]) for key in condition}
+    mu = network.predict_x0(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    unconditional, conditional = mu.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,77 @@
+"""How a student must be sampled. Travels inside its file, as safetensors metadata."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import UserError
+from .noise import TIMESTEPS
+
+RECIPE_KEY = "dmd.recipe"
+
+
+class Recipe(BaseModel):
+    """Everything a sampler needs beside the weights.
+
+    One network evaluation per timestep, noisiest first: x0 = mu(x_t, t), then, if another
+    timestep t' follows, x_t' = alpha x0 + sigma eps with fresh noise (DMD2 4.4). The first input
+    is noise_scale * N(0, I), whatever the first timestep says.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    family: str
+    prediction: Literal["eps", "v", "flow", "edm"]
+    timesteps: tuple[int, ...] = Field(min_length=1)
+    noise_scale: float = Field(gt=0)
+    baked_guidance: float = 1.0
+    """The teacher's guidance during training. It is in the weights: sample without guidance."""
+    teacher: str = "unknown"
+    teacher_sha256: str = ""
+    """Of the teacher's file; empty where the student is somebody else's."""
+    license: str = "unknown"
+
+    @property
+    def nfe(self) -> int:
+        """Network function evaluations an image."""
+        return len(self.timesteps)
+
+    def to_metadata(self, title: str, shape: tuple[int, int, int]) -> dict[str, str]:
+        """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
+        spec = {
+            "sai_model_spec": "1.0.1",
+            "architecture": self.family,
+            "implementation": "dmd-one-step",
+            "title": title,
+            "description": f"{self.nfe}-step student distilled from {self.teacher} with DMD",
+            "license": self.license,
+            "resolution": f"{shape[2]}x{shape[1]}",
+            "timestep_range": f"{min(self.timesteps)},{max(self.timesteps) + 1}",
+            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1",
+        }
+        standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
+        if standard_name:
+            spec["prediction_type"] = standard_name
+        return {RECIPE_KEY: self.model_dump_json()} | {
+            f"modelspec.{key}": value for key, value in spec.items()
+        }
+
+
+def read_recipe(metadata: dict[str, str], file: str) -> Recipe | None:
+    """The recipe in a file's metadata, None where there is none (a teacher, a foreign file)."""
+    if RECIPE_KEY not in metadata:
+        return None
+    try:
+        recipe = Recipe.model_validate_json(metadata[RECIPE_KEY])
+    except ValidationError as error:
+        raise UserError(
+            f"{file}: its recipe is not one this version reads "
+            f"({error.errors()[0]['msg'].lower()}). Update dmd-one-step."
+        ) from None
+    falling = sorted(set(recipe.timesteps), reverse=True) == list(recipe.timesteps)
+    if not falling or not all(0 <= t < TIMESTEPS for t in recipe.timesteps):
+        raise UserError(
+            f"{file}: its recipe's timesteps {recipe.timesteps} do not fall within "
+            f"{TIMESTEPS - 1}..0. Get the file again from its author."
+        )
+    return recipe

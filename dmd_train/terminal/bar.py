@@ -1,0 +1,88 @@
+"""What the commands share: the progress bar, and the stop that is asked for by a signal."""
+
+import signal
+from collections.abc import Generator
+from contextlib import closing
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..distil import LOG_EVERY, StepReport
+from ..method.processes import Processes
+from ..run.folder import RunFolder
+
+console = Console(markup=False)
+
+STOPPED = 128 + signal.SIGINT
+"""Exit code of a process whose run was stopped by another."""
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM become a flag, looked at between two steps. A second one kills."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, self._before[self.signal])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def exit(self) -> NoReturn:
+        """With the code of the signal that asked; another process's is taken for Ctrl-C."""
+        raise typer.Exit(128 + (self.signal or signal.SIGINT))
+
+
+def bar() -> Progress:
+    """A progress bar with counts, time so far and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def watch(
+    reports: Generator[StepReport], run: RunFolder, processes: Processes, stop: StopRequest
+) -> bool:
+    """Draw the bar until the reports end or a stop is asked for; whether it was."""
+    with bar() as progress, closing(reports):
+        task = progress.add_task("distil", total=run.config.steps, note="")
+        for report in reports:
+            if run.notes:
+                progress.console.print(*run.notes, sep="\n", soft_wrap=True)
+                run.notes.clear()
+                progress.reset(task, completed=report.step)
+            if report.step % LOG_EVERY == 0:
+                progress.update(task, note=report.losses())
+            progress.update(task, completed=report.step)
+            if processes.any(stop.signal is not None):
+                return report.step < run.config.steps
+    return False
