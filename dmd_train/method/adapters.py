@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .network import Condition, Network
+from .network import Condition, Network, Wrapped
 from .seeding import generator
 
 LISTED_AS = {
@@ -170,25 +170,16 @@ class Adapters:
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-class Adapted(Network):
+class Adapted(Wrapped):
     """`network` with one of its adapters; None: without any, the network itself."""
 
     def __init__(self, network: Network, adapters: Adapters, name: str | None) -> None:
-        self.network, self.adapters, self.name = network, adapters, name
-        self.module, self.noise, self.shape = network.module, network.noise, network.shape
-        self.prediction, self.sigma_data = network.prediction, network.sigma_data
-        self.family, self.license = network.family, network.license
-        self.file_dtype, self.downscale = network.file_dtype, network.downscale
+        super().__init__(network)
+        self.adapters, self.name = adapters, name
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.adapters.use(self.name)
-        return self.network.predict_x0(x_t, t, condition)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        return self.network.null_condition(condition)
-
-    def to_images(self, x0: Tensor) -> Tensor:
-        return self.network.to_images(x0)
+        return super().predict_x0(x_t, t, condition)
 
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         self.network.checkpoint_gradients(checkpoint or self.adapters.checkpoint)
