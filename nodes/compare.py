@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.run.pixels import COLUMNS, grid, stack
-from .conditions import rows_of
+from .conditioning import rows_of
 from .model_recipe import family_of
 from .progress import EVERY, Progress, say
 from .sampling import empty_latent, needed_recipe, sample_by_recipe, side_inputs

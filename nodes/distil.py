@@ -21,14 +21,16 @@ from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.recognise import recognise
 from ..dmd_train.presets import PRESETS, presets_for
 from ..dmd_train.run.folder import RunFolder
-from .class_label import edm_model
+from .class_label import all_classes
+from .edm_model import edm_model
 from .model_files import PACK
 from .model_recipe import family_of
 from .progress import say
 from .prompts import encode
-from .runs import Wired, all_classes, name_of, run_folders, run_path, wired_file
+from .run import bring_to_its_end
+from .run_folders import name_of, run_folders, run_path
 from .teacher_pairs import TeacherPairs
-from .train import bring_to_its_end
+from .wired import Wired, wired_file
 
 AUTO = "right for the model"
 

@@ -16,7 +16,7 @@ from ..dmd_train import networks
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek, read_weights
 from ..dmd_train.networks.recognise import Found, recognise
-from .class_label import edm_model, pixel_vae
+from .edm_model import edm_model, pixel_vae
 from .model_files import PACK, choices, path_of
 from .model_recipe import family_of, with_recipe
 

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.noise import TIMESTEPS
 from ..dmd_train.method.recipe import Recipe
-from .class_label import EDMConfig
+from .edm_model import EDMConfig
 
 ATTACHMENT = "dmd_recipe"
 

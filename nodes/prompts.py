@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dmd_train.data.prompts import SHIPPED, prompts_in, read_text
 from ..dmd_train.errors import UserError
-from .conditions import PROMPT
+from .conditioning import PROMPT
 from .progress import Progress
 
 TEXT, SHIPPED_LIST = "the text below", "the shipped list"

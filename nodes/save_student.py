@@ -12,10 +12,10 @@ from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.write import write_atomically, write_safetensors
-from .class_label import EDMConfig
+from .edm_model import EDMConfig
 from .model_recipe import family_of
 from .progress import say
-from .student import Student, student_of
+from .student_model import Student, student_of
 
 LORA, UNET, CHECKPOINT = "LoRA", "UNet", "checkpoint"
 FOLDERS = {LORA: "loras", UNET: "diffusion_models", CHECKPOINT: "checkpoints"}

@@ -18,7 +18,7 @@ from ..dmd_train.data.conditions import Classes
 from ..dmd_train.data.pairs import Sample, make_pairs
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.seeding import stream_seed
-from .conditions import Row, fingerprint, joined, rows_of
+from .conditioning import Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
 from .model_recipe import family_of
 from .progress import Progress, say

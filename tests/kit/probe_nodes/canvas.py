@@ -56,9 +56,9 @@ class PredictX0:
 
         values = {"teacher": "probe", "output": "probe"} | (yaml.safe_load(settings) or {})
         config = pack("dmd_train.config").make_config(values, "probe")
-        wired = pack("nodes.runs").Wired(model, conditions, negative, vae=vae)
+        wired = pack("nodes.wired").Wired(model, conditions, negative, vae=vae)
         given = load_file(Path(get_input_directory(), f"{Path(name).name}.safetensors"))
-        canvas = pack("nodes.canvas")
+        canvas = pack("nodes.canvas_network")
         with pack("nodes.training_mode").training_mode():
             network = canvas.CanvasNetwork(wired, config, torch.device("cpu"))
             network.freeze()

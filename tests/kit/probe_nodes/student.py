@@ -25,8 +25,8 @@ class Student:
 
         file = Path(get_input_directory(), f"{Path(name).name}.safetensors")
         # the pack is imported under the path of its folder
-        (pack,) = (module for key, module in sys.modules.items() if key.endswith(".nodes.student"))
-        return (pack.student_model(model, file),)
+        (key,) = (key for key in sys.modules if key.endswith(".nodes.student_model"))
+        return (sys.modules[key].student_model(model, file),)
 
 
 class ShowText:

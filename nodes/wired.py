@@ -1,7 +1,5 @@
-"""Where runs lie, and how what is wired into a node is written down in a run.yaml."""
+"""What is wired into a node, and how a run.yaml says it."""
 
-import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +7,6 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
-import torch
-import yaml
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train import networks
@@ -18,48 +14,16 @@ from ..dmd_train.config import CANVAS, DIGITS, Config
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.networks.recognise import recognise
-from ..dmd_train.run.folder import FREE_TO_CHANGE
-from .class_label import LABEL, EDMModel
-from .conditions import PROMPT, fingerprint, rows_of
+from .class_label import LABEL
+from .conditioning import PROMPT, fingerprint, rows_of
+from .edm_model import EDMModel
 from .fingerprint import model_fingerprint
-from .model_files import PACK, path_of
+from .model_files import path_of
 from .model_recipe import family_of
 from .teacher_pairs import TeacherPairs
 
-NAME = re.compile(r"\w[\w .-]*")
 PROMPTS_FILE = "prompts.txt"
 """In the folder of a run whose prompts came by a wire."""
-
-
-def runs_folder() -> Path:
-    """Runs of the canvas are output: no update of the pack touches them."""
-    return Path(folder_paths.get_output_directory()) / "dmd_runs"
-
-
-def run_path(name: str) -> Path:
-    """Raises UserError for a name that is more than a folder's name."""
-    if not NAME.fullmatch(name) or name.endswith((".", " ")):
-        raise UserError(
-            f"run: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
-        )
-    return runs_folder() / name
-
-
-def run_folders() -> dict[str, Path]:
-    """Every run there is, newest first: the canvas's by name, headless ones as runs/NAME."""
-    found = {}
-    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", "runs/")):
-        for run_yaml in folder.glob("*/run.yaml"):
-            found[prefix + run_yaml.parent.name] = run_yaml.parent
-    by_age = sorted(found, key=lambda name: (found[name] / "run.yaml").stat().st_mtime)
-    return {name: found[name] for name in reversed(by_age)}
-
-
-def name_of(config: Config, wired: "Wired") -> str:
-    """A run's name where nobody gave one: the same for the same run, and for no other."""
-    learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
-    digest = hashlib.sha256(yaml.safe_dump([learned, wired.conditions_name]).encode()).hexdigest()
-    return f"{config.preset}-{digest[:8]}"
 
 
 @dataclass(frozen=True)
@@ -155,8 +119,3 @@ def _whole(path: Path) -> Path | None:
         return None
     is_whole = found.layout == "LDM single file" and found.text_encoder
     return path if found.layout in networks.EDM_LAYOUTS or is_whole else None
-
-
-def all_classes(model: ModelPatcher) -> list:
-    """The CONDITIONING of every class that a class-conditional MODEL knows."""
-    return [[None, {LABEL: torch.arange(model.model.classes)}]]

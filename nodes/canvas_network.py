@@ -26,10 +26,11 @@ from ..dmd_train.errors import UserError
 from ..dmd_train.method.adapters import UNET_LAYERS
 from ..dmd_train.method.network import Condition, Network
 from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction, per_sample
-from .class_label import LABEL, EDMModel
-from .conditions import rows_of
+from .class_label import LABEL
+from .conditioning import rows_of
+from .edm_model import EDMModel
 from .model_recipe import FAMILIES, family_of, native_size
-from .runs import Wired
+from .wired import Wired
 
 DIFFUSION_MODEL = "diffusion_model."
 """What a MODEL puts before the names of its network's weights."""

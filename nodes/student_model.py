@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dmd_train.files.write import read_safetensors
 from ..dmd_train.method.recipe import Recipe, read_recipe
-from .class_label import EDMModel
+from .edm_model import EDMModel
 from .model_recipe import with_recipe
 
 ATTACHMENT = "dmd_student"

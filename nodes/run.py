@@ -25,15 +25,15 @@ from ..dmd_train.method.network import Network
 from ..dmd_train.method.objectives import Regression
 from ..dmd_train.run.folder import RunFolder
 from ..dmd_train.run.student import one_step_recipe
-from .canvas import engine_network, is_quantised
-from .conditions import fingerprint
+from .canvas_network import engine_network, is_quantised
+from .conditioning import fingerprint
 from .model_files import PACK
 from .model_recipe import recipe_of
 from .progress import Progress, say
-from .runs import PROMPTS_FILE, Wired
-from .student import student_model, student_of
+from .student_model import student_model, student_of
 from .teacher_pairs import TeacherPairs
 from .training_mode import training_mode
+from .wired import PROMPTS_FILE, Wired
 
 
 def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutput:

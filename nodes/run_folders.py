@@ -1,0 +1,47 @@
+"""Where the runs of the canvas lie, and what they are called."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import folder_paths
+import yaml
+
+from ..dmd_train.config import Config
+from ..dmd_train.errors import UserError
+from ..dmd_train.run.folder import FREE_TO_CHANGE
+from .model_files import PACK
+from .wired import Wired
+
+NAME = re.compile(r"\w[\w .-]*")
+
+
+def runs_folder() -> Path:
+    """Runs of the canvas are output: no update of the pack touches them."""
+    return Path(folder_paths.get_output_directory()) / "dmd_runs"
+
+
+def run_path(name: str) -> Path:
+    """Raises UserError for a name that is more than a folder's name."""
+    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+        raise UserError(
+            f"run: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
+        )
+    return runs_folder() / name
+
+
+def run_folders() -> dict[str, Path]:
+    """Every run there is, newest first: the canvas's by name, headless ones as runs/NAME."""
+    found = {}
+    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", "runs/")):
+        for run_yaml in folder.glob("*/run.yaml"):
+            found[prefix + run_yaml.parent.name] = run_yaml.parent
+    by_age = sorted(found, key=lambda name: (found[name] / "run.yaml").stat().st_mtime)
+    return {name: found[name] for name in reversed(by_age)}
+
+
+def name_of(config: Config, wired: Wired) -> str:
+    """A run's name where nobody gave one: the same for the same run, and for no other."""
+    learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
+    digest = hashlib.sha256(yaml.safe_dump([learned, wired.conditions_name]).encode()).hexdigest()
+    return f"{config.preset}-{digest[:8]}"
