@@ -85,7 +85,7 @@ def prepare(
     """
     config, teacher = run.config, loaded.network
     processes = processes or Processes(teacher.device)
-    with out_of_memory(f"{run.path}: out of memory before the first step. {config.smaller}"):
+    with out_of_memory(run.too_large):
         require_possible(config, loaded)
         recipe = one_step_recipe(loaded, config)
         distance = regression_distance(config, teacher)

@@ -67,6 +67,11 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")
 
     @property
+    def too_large(self) -> str:
+        """What to say where memory ends before the first step."""
+        return f"{self.path}: out of memory before the first step. {self.config.smaller}"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
