@@ -19,7 +19,7 @@ CANVAS = "ComfyUI MODEL"
 """How the name of a teacher begins that is no file: a MODEL as wired, LoRAs and merges applied."""
 
 DEFAULT_PRESET = "digits-one-step"
-"""Of the embedded teacher."""
+"""The embedded teacher's preset."""
 
 
 class Config(BaseModel):

@@ -116,7 +116,7 @@ def _taken_up(state: Distillation, run: RunFolder) -> int:
 
 
 def require_possible(config: Config, loaded: Loaded) -> None:
-    """Raises UserError for what would stop the run only once prompts and pairs are made."""
+    """Refusal, a UserError, of what would stop the run only once prompts and pairs are made."""
     families, family = PRESETS[config.preset].families, loaded.network.family
     if families and family not in families:
         raise UserError(

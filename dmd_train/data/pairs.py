@@ -19,7 +19,7 @@ from ..method.seeding import generator, randn, stream_seed
 from .conditions import Conditions
 
 BYTES = 1 << 20
-"""Of noise in one shard, about: one step of the progress bar, and of what a stop loses."""
+"""Noise in one shard, about: one step of the progress bar, and of what a stop loses."""
 
 
 @dataclass(frozen=True)

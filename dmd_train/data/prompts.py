@@ -31,7 +31,7 @@ def read_prompts(file: str | Path | None) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Raises UserError for what is no text."""
+    """A file's text. Raises UserError for what is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

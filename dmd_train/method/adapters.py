@@ -127,7 +127,7 @@ class Adapters:
             self.use(before)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Of one adapter, trainable: "down_blocks.0...to_q.lora_A.student.weight" and so on."""
+        """One adapter's, trainable: "down_blocks.0...to_q.lora_A.student.weight" and so on."""
         found = {
             f"{layer}.{side}.{name}.weight": getattr(lora, side)[name].weight
             for layer, lora in self.layers.items()
@@ -138,7 +138,7 @@ class Adapters:
         return found
 
     def file_tensors(self, name: str) -> dict[str, Tensor]:
-        """As a file: down, up and alpha of every layer. The scale is alpha over the rank."""
+        """A LoRA's file: down, up and alpha of every layer. The scale is alpha over the rank."""
         tensors = {}
         for layer, lora in self.layers.items():
             key = kohya_name(layer)

@@ -40,10 +40,10 @@ class Network(ABC):
     """How many it draws; None of one that is told prompts."""
 
     latent_scale: float | None = None
-    """Of samples that are latents: what a VAE's are multiplied by for the network."""
+    """What a VAE's latents are multiplied by for the network; None of one that draws pixels."""
 
     file_dtype: torch.dtype = torch.float32
-    """Of a student's weights on disk."""
+    """A student's weights on disk."""
 
     lora_targets: str = r".*"
     """A regular expression for the names of the layers that adapters go on."""

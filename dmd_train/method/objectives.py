@@ -74,7 +74,8 @@ def pseudo_huber(x_ref: Tensor, y_ref: Tensor) -> Tensor:
     d = x_ref[0].numel()
     c = 0.00054 * d**0.5
     square = (x_ref - y_ref).square().sum(dim=(1, 2, 3))
-    return (((square + c**2).sqrt() - c) / d**0.5).mean()
+    distances: Tensor = ((square + c**2).sqrt() - c) / d**0.5
+    return distances.mean()
 
 
 @dataclass

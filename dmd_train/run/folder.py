@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def _files(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Checkpoints, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 

@@ -31,7 +31,7 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Raises UserError on a value that is not finite, having written what came before it."""
+        """What waits is written. Raises UserError on a value that is not finite, after what is."""
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return

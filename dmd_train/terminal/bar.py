@@ -54,7 +54,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def exit(self) -> NoReturn:
-        """With the code of the signal that asked; another process's is taken for Ctrl-C."""
+        """Exit with the code of the signal that asked; another process's is taken for Ctrl-C."""
         raise typer.Exit(128 + (self.signal or signal.SIGINT))
 
 
