@@ -14,7 +14,6 @@ import psutil
 import torch
 from rich.table import Table
 
-from . import networks
 from .config import Config
 from .data.conditions import Classes, Conditions, Prompts
 from .data.pairs import PairBatch, Pairs
@@ -25,8 +24,9 @@ from .method.objectives import Regression
 from .method.sample import sample_teacher
 from .method.seeding import generator, randn
 from .networks.edm import EDMNetwork
+from .networks.load import load_teacher
+from .networks.loaded import one_step_recipe
 from .prepare import regression_distance, require_possible
-from .run.student import one_step_recipe
 
 ITERATIONS = 3
 GIB = 1 << 30
@@ -71,7 +71,7 @@ class Measured:
 
 def measure(config: Config, device: torch.device) -> Measured:
     """Raises UserError for what `train` would refuse."""
-    loaded = networks.load_teacher(config, device)
+    loaded = load_teacher(config, device)
     require_possible(config, loaded)
     recipe = one_step_recipe(loaded, config)
     shape, prompts = loaded.network.shape, list[str]()

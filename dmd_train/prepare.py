@@ -16,9 +16,9 @@ from .learner import require_optimizer
 from .method.network import Network
 from .method.objectives import Distance, pseudo_huber
 from .method.processes import Processes
-from .networks import Loaded
 from .networks.edm import EDMNetwork
-from .presets import PRESETS, presets_for
+from .networks.loaded import Loaded
+from .presets import families_of, presets_for
 from .run.folder import RunFolder
 from .run.trackers import require_trackers
 from .terminal.bar import StopRequest, bar, console
@@ -26,7 +26,7 @@ from .terminal.bar import StopRequest, bar, console
 
 def require_possible(config: Config, loaded: Loaded) -> None:
     """Raises UserError for what would stop the run only once prompts and pairs are made."""
-    families, family = PRESETS[config.preset].families, loaded.network.family
+    families, family = families_of(config.preset), loaded.network.family
     if families and family not in families:
         raise UserError(
             f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "

@@ -13,11 +13,11 @@ import torch
 import yaml
 from comfy.model_patcher import ModelPatcher
 
-from ..dmd_train import networks
 from ..dmd_train.config import CANVAS, DIGITS, Config
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
-from ..dmd_train.networks.recognise import recognise
+from ..dmd_train.networks.load import DIGITS_TEACHER
+from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .class_label import LABEL, EDMModel
 from .conditions import PROMPT, fingerprint, rows_of
@@ -123,7 +123,7 @@ class Wired:
             return {"teacher": self.model_name, "prompts": Path(self.conditions_name)}
         assert self.file
         if isinstance(self.model.model, EDMModel):
-            is_ours = self.file.resolve() == networks.DIGITS_TEACHER.resolve()
+            is_ours = self.file.resolve() == DIGITS_TEACHER.resolve()
             return {"teacher": DIGITS if is_ours else str(self.file), "prompts": None}
         return {"teacher": str(self.file), "prompts": config.output / PROMPTS_FILE}
 
@@ -154,7 +154,7 @@ def _whole(path: Path) -> Path | None:
     except UserError:
         return None
     is_whole = found.layout == "LDM single file" and found.text_encoder
-    return path if found.layout in networks.EDM_LAYOUTS or is_whole else None
+    return path if found.layout in CLASS_CONDITIONAL or is_whole else None
 
 
 def all_classes(model: ModelPatcher) -> list:

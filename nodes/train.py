@@ -14,17 +14,17 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from torch import nn
 
-from ..dmd_train import networks
 from ..dmd_train.config import Config
 from ..dmd_train.data.conditions import Classes
 from ..dmd_train.data.pairs import Pairs, make_pairs, origin_of, teacher_sample
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.read import hash_of
 from ..dmd_train.files.shards import Shards
-from ..dmd_train.files.write import hash_of, write_text
+from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
 from ..dmd_train.method.objectives import Regression
+from ..dmd_train.networks.loaded import Loaded, one_step_recipe
 from ..dmd_train.run.folder import RunFolder
-from ..dmd_train.run.student import one_step_recipe
 from .canvas import engine_network, is_quantised
 from .conditions import fingerprint
 from .model_files import PACK
@@ -140,16 +140,16 @@ def _every_call_may_stop(module: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _loaded(network: Network, wired: Wired) -> networks.Loaded:
+def _loaded(network: Network, wired: Wired) -> Loaded:
     """Who the teacher is, for the recipe. A student's own recipe is refused by the engine."""
     recipe = recipe_of(wired.model)
     if wired.file:
-        return networks.Loaded(network, recipe, wired.file.stem, hash_of(wired.file))
-    return networks.Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
+        return Loaded(network, recipe, wired.file.stem, hash_of(wired.file))
+    return Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
 
 
 def _pairs(
-    run: RunFolder, wired: Wired, teacher: networks.Loaded, conditions: Classes, node_id: str
+    run: RunFolder, wired: Wired, teacher: Loaded, conditions: Classes, node_id: str
 ) -> Pairs:
     """The wired ones, or the run's own, made where they are not there yet."""
     config, network = run.config, teacher.network

@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,17 +34,26 @@ class Network(ABC):
     family: str
     license: str
     sigma_data: float = 0.5
+    classes: int | None = None
+    """How many a class-conditional network knows; None: it is told something else."""
+
     downscale: int = 1
     """Pixels a side that one value of a sample stands for: 8 of most latents."""
 
     latent_scale: float | None = None
     """Of samples that are latents: what a VAE's are multiplied by for the network."""
 
+    decoder: nn.Module | None = None
+    """Of samples that are latents, the VAE's, where there is one."""
+
     file_dtype: torch.dtype = torch.float32
     """Of a student's weights on disk."""
 
     lora_targets: str = r".*"
     """A regular expression for the names of the layers that adapters go on."""
+
+    lora_metadata: Mapping[str, str] = MappingProxyType({})
+    """What a LoRA for this network says of itself, for programs to list it by."""
 
     @abstractmethod
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -76,6 +86,10 @@ class Network(ABC):
 
     def to_images(self, x0: Tensor) -> Tensor:
         """x0: (B, C, H, W) -> pictures in [-1, 1], (B, 1 or 3, H', W'); latents are decoded."""
+        return x0
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures with their gradient, (B, C, H, W) -> (B, 1 or 3, H', W'), about -1..1."""
         return x0
 
     def freeze(self) -> None:

@@ -110,8 +110,8 @@ def train_digits_teacher(network: EDMNetwork, steps: int, seed: int) -> Iterator
         c = edm_scalings(sigma, SIGMA_DATA)
         output = network.module(per_sample(c.c_in).float() * x, c.c_noise.float(), label)
         mu = per_sample(c.c_skip).float() * x + per_sample(c.c_out).float() * output
-        weight = per_sample(denoising_weight("edm", sigma, sigma, SIGMA_DATA)).float()
-        loss = (weight * (mu - x0).square()).mean()
+        weight = denoising_weight("edm", torch.ones_like(sigma), sigma, SIGMA_DATA)
+        loss = (per_sample(weight).float() * (mu - x0).square()).mean()
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

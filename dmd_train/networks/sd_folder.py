@@ -13,10 +13,11 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from ..errors import UserError
-from ..files.write import hash_of
+from ..families import TOLD_PROMPTS
+from ..files.read import hash_of, read_weights
 from ..method.noise import TIMESTEPS
 from . import sd_layout, text
-from .sd_file import GIVE, LATENT_SCALE, ZERO_SNR, SDFile, named, other_noise, predicts, read
+from .sd_file import GIVE, ZERO_SNR, SDFile, named, other_noise, predicts
 from .sd_layout import Weights
 from .text import TextEncoder
 
@@ -38,18 +39,19 @@ class SDFolder(SDFile):
         return self._model(UNet2DConditionModel, "unet")
 
     def text_encoder(self) -> TextEncoder:
-        names = ["text_encoder"] + ["text_encoder_2"] * (self.family == "sdxl")
+        last = len(self.row.text_encoders) - 1
         parts = []
-        for name in names:
+        for i in range(last + 1):
+            name = f"text_encoder_{i + 1}" if i else "text_encoder"
             config = _config(self.path / name / "config.json")
             weights = _folder_weights(self.path / name)
             tokenizer = self.path / name.replace("text_encoder", "tokenizer")
             if not tokenizer.is_dir():
                 raise UserError(f"{tokenizer}: missing. Download the whole pipeline again.")
             with named(self.path / name, "text encoder"):
-                is_projected = name == "text_encoder_2"
+                is_projected = self.row.pooled and i == last
                 parts.append(text.from_diffusers(config, weights, tokenizer, is_projected))
-        return TextEncoder(parts, penultimate=self.family == "sdxl")
+        return TextEncoder(parts, penultimate=self.row.pooled)
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny | None:
         if not (self.path / "vae").is_dir():
@@ -59,7 +61,7 @@ class SDFolder(SDFile):
 
     @property
     def latent_scale(self) -> float:
-        return float(self._vae_config.get("scaling_factor", LATENT_SCALE[self.family]))
+        return float(self._vae_config.get("scaling_factor", super().latent_scale))
 
     @property
     def native_size(self) -> int:
@@ -90,7 +92,7 @@ class SDFolder(SDFile):
 
 
 def open_folder(path: Path) -> SDFolder:
-    """Raises UserError unless it is a pipeline whose noise and conditions are followed here."""
+    """A pipeline whose noise and conditions are followed here. Raises UserError for any other."""
     for needed in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         if not (path / needed).is_file():
             raise UserError(
@@ -116,10 +118,12 @@ def open_folder(path: Path) -> SDFolder:
         if scheduler.get(key) != value:
             raise other_noise(path, f"its scheduler has {key} {scheduler.get(key)}, not {value}")
     prediction = predicts(path, scheduler.get("prediction_type", "epsilon"))
-    by_width = "sd2" if unet.get("cross_attention_dim") == 1024 else "sd1"
+    alike = [family for family in TOLD_PROMPTS.values() if family.pooled == bool(added)]
+    width = unet.get("cross_attention_dim")
+    family = next((family for family in alike if family.text_width == width), alike[0])
     hashes = [hash_of(file) for file in _weight_files(path / "unet")]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return SDFolder(path, "sdxl" if added else by_width, prediction, "unknown", sha256)
+    return SDFolder(path, family.name, prediction, "unknown", sha256)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _folder_weights(folder: Path) -> Weights:
     weights: Weights = {}
     for file in _weight_files(folder):
-        weights |= read(file, "")
+        weights |= read_weights(file)[0]
     return weights
 
 

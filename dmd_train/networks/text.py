@@ -28,8 +28,10 @@ from transformers import (
 )
 from typing_extensions import Self
 
+from ..families import FAMILIES
+from ..files.read import Weights
 from ..method.network import Condition
-from .sd_layout import Weights, count, fit
+from .sd_layout import count, fit
 
 LENGTH = 77
 HEAD_CHANNELS = 64
@@ -104,15 +106,14 @@ def _ids(part: Part, prompts: list[str], device: torch.device) -> Tensor:
 
 def from_ldm(weights: Weights, family: str) -> TextEncoder:
     """The text encoder of `cond_stage_model.*` or `conditioner.*`. Raises ValueError."""
-    match family:
-        case "sd1":
-            return TextEncoder([_openai(weights, "cond_stage_model.transformer.")], False)
-        case "sd2":
-            return TextEncoder([_open_clip(weights, "cond_stage_model.model.", False)], False)
-        case _:
-            large = _openai(weights, "conditioner.embedders.0.transformer.")
-            big = _open_clip(weights, "conditioner.embedders.1.model.", True)
-            return TextEncoder([large, big], True)
+    row, parts = FAMILIES[family], []
+    for i, kind in enumerate(row.text_encoders):
+        prefix = f"conditioner.embedders.{i}." if row.pooled else "cond_stage_model."
+        if kind == "openai":
+            parts.append(_openai(weights, f"{prefix}transformer."))
+        else:
+            parts.append(_open_clip(weights, f"{prefix}model.", row.pooled))
+    return TextEncoder(parts, penultimate=row.pooled)
 
 
 def from_diffusers(

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import networks
 from ..config import DIGITS, Config, load_config, make_config, parse_overrides
 from ..data.conditions import Classes
 from ..distil import distil
@@ -26,14 +25,14 @@ from ..method.network import Condition
 from ..method.objectives import Regression
 from ..method.processes import Processes
 from ..method.sample import draw, step_noise
-from ..networks import Loaded
 from ..networks.edm import EDMNetwork
+from ..networks.load import load, load_teacher, save
+from ..networks.loaded import Loaded, one_step_recipe
 from ..prepare import make_conditions, make_run_pairs, regression_distance, require_possible
 from ..presets import PRESETS
 from ..run.folder import RunFolder
 from ..run.pixels import grid, picture
 from ..run.report import SampleSheet, save_curves, save_picture
-from ..run.student import one_step_recipe
 from .bar import STOPPED, StopRequest, bar, console, watch
 
 app = typer.Typer(
@@ -67,7 +66,7 @@ def demo(set_: SetOption = None) -> None:
     config = make_config(settings | parse_overrides(set_ or []), "demo")
     with _opened(config) as (run, processes):
         _train(run, processes, again=f"{PYTHON} -m dmd_train demo")
-        student = networks.load(str(run.student), config.device_object())
+        student = load(str(run.student), config.device_object())
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         console.print(f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*"))))
@@ -195,7 +194,7 @@ def sample(
     """
     if out.suffix not in (".png", ".npy", ".latent", ""):
         raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
-    loaded = networks.load(str(file), torch.device("cpu"), base)
+    loaded = load(str(file), torch.device("cpu"), base)
     network = loaded.network
     if out.suffix == ".latent" and network.latent_scale is None:
         raise UserError(f"--out {out}: {network.family} models draw pixels, not latents.")
@@ -249,7 +248,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the fresh samples.")] = 0,
 ) -> None:
     """Measure a file on 2,000 fresh samples: distance to the data, diversity, speed."""
-    _evaluate(networks.load(str(file), torch.device("cpu")), seed)
+    _evaluate(load(str(file), torch.device("cpu")), seed)
 
 
 @teacher_app.command()
@@ -268,7 +267,7 @@ def digits(
         task = progress.add_task("teacher", total=steps, note="")
         for step in train_digits_teacher(teacher, steps, seed):
             progress.update(task, completed=step)
-    networks.save(out, teacher)
+    save(out, teacher)
     console.print(str(out), soft_wrap=True)
 
 
@@ -294,7 +293,7 @@ def _set_threads(config: Config) -> None:
 def _teacher(config: Config, processes: Processes) -> Loaded:
     """Raises UserError for a run that cannot be, such as one by another family's preset."""
     with console.status("teacher"):
-        loaded = networks.load_teacher(config, processes.device)
+        loaded = load_teacher(config, processes.device)
     require_possible(config, loaded)
     return loaded
 
@@ -330,7 +329,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
             f"{loaded.source}: there is no data here to compare family '{loaded.network.family}' "
             "with. Only digits can be evaluated."
         )
-    columns = {"teacher": networks.load(DIGITS, loaded.network.device)}
+    columns = {"teacher": load(DIGITS, loaded.network.device)}
     if loaded.sha256 != columns["teacher"].sha256:
         columns["student" if loaded.recipe else "file"] = loaded
     numbers = {}
@@ -347,7 +346,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
 
 def _contact_sheet(student: Loaded, run: RunFolder) -> Image.Image:
     assert student.recipe
-    teacher = networks.load(run.config.teacher, student.network.device).network
+    teacher = load(run.config.teacher, student.network.device).network
     assert isinstance(teacher, EDMNetwork)
     classes = Classes(teacher.classes)
     sheet = SampleSheet(teacher, student.recipe, classes, run.config, count=4 * teacher.classes)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from dmd_train.config import load_config
 from dmd_train.errors import UserError
-from dmd_train.files.write import read_safetensors, write_atomically, write_safetensors
-from dmd_train.networks import DIGITS_TEACHER
+from dmd_train.files.read import read_safetensors
+from dmd_train.files.write import write_atomically, write_safetensors
+from dmd_train.networks.load import DIGITS_TEACHER
 from dmd_train.run.folder import RunFolder
 
 Command = Callable
@@ -195,7 +196,7 @@ def test_a_non_finite_loss_stops_the_run_names_the_network_and_keeps_the_last_ch
     refused(outcome, tmp_path / "run", " step ", "learning_rate")
     assert "student: " in outcome.err or "critic: " in outcome.err
     for file in (tmp_path / "run/checkpoints").glob("*"):
-        from dmd_train.files.write import read_safetensors
+        from dmd_train.files.read import read_safetensors
 
         assert all(tensor.isfinite().all() for tensor in read_safetensors(file)[0].values())
 
