@@ -57,7 +57,7 @@ class Network(ABC):
 
     @abstractmethod
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x_t: (B, C, H, W); t: (B,) timesteps 0..999 -> the estimate of x0, (B, C, H, W)."""
+        """The estimate of x0, like x_t: (B, C, H, W); t: (B,) timesteps 0..999."""
 
     @abstractmethod
     def null_condition(self, condition: Condition) -> Condition:
@@ -85,11 +85,11 @@ class Network(ABC):
         return denoising_weight(self.prediction, alpha, sigma, self.sigma_data)
 
     def to_images(self, x0: Tensor) -> Tensor:
-        """x0: (B, C, H, W) -> pictures in [-1, 1], (B, 1 or 3, H', W'); latents are decoded."""
+        """Pictures in [-1, 1], (B, 1 or 3, H', W'), of x0: (B, C, H, W); latents are decoded."""
         return x0
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Pictures with their gradient, (B, C, H, W) -> (B, 1 or 3, H', W'), about -1..1."""
+        """Pictures with their gradient, (B, 1 or 3, H', W') about -1..1, of x0: (B, C, H, W)."""
         return x0
 
     def freeze(self) -> None:

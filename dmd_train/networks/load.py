@@ -1,4 +1,4 @@
-"""From a name, a file or a folder to a Network.
+"""Networks from a name, a file or a folder.
 
 ComfyUI's nodes come here too, for the class-conditional ones: what Stable Diffusion needs beside
 torch is imported when a file of it is met.
@@ -77,7 +77,7 @@ def _is_edm(path: Path) -> bool:
 
 
 def _edm(path: Path, found: Found, metadata: dict[str, str], device: torch.device) -> EDMNetwork:
-    """'digits', a file written by this package, or DMD2's ImageNet-64 generator."""
+    """The network of a file written by this package, or of DMD2's ImageNet-64 generator."""
     tensors, _ = read_weights(path)
     if found.layout == "EDM class-conditional":
         from .imagenet64 import imagenet64_network

@@ -27,8 +27,9 @@ class Loaded:
 
 
 def one_step_recipe(loaded: Loaded, config: Config) -> Recipe:
-    """One evaluation at config.conditioning_timestep; at the last, plain sampling is right.
+    """The recipe of its student: one evaluation, at config.conditioning_timestep.
 
+    At the last timestep plain sampling is right.
     Raises UserError if the teacher is a student already, or its noise has a scale of its own at
     each timestep.
     """

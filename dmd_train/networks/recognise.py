@@ -1,4 +1,4 @@
-"""From a file on disk to what it is: layout, family, recipe, licence. A wrong file in one line.
+"""What a file on disk is: layout, family, recipe, licence. A wrong file in one line.
 
 The layout is read off key names and shapes. What weights cannot tell (DMD2's one-step and
 four-step UNets are alike) is read off the recipe in the file's metadata, else off the name of a
@@ -35,6 +35,7 @@ Layout = Literal[
 ]
 
 CLASS_CONDITIONAL: tuple[Layout, ...] = ("our student", "our teacher", "EDM class-conditional")
+"""Layouts of networks that are told a class."""
 
 FOREIGN = {
     r"(real_unet|fake_unet|cls_pred_branch)\.": "DMD2's guidance network, which only training "
@@ -149,7 +150,7 @@ def _of_comfyui(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
 
 
 def _lora(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
-    """told: the family by the file's own recipe, for a model of unusual widths."""
+    """A LoRA on cross-attention. told: the family by its own recipe, for models of other widths."""
     down = re.compile(r"attn2[._]to_k\.(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
     if any(".base_layer." in key for key in shapes):
         return None

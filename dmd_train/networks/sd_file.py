@@ -50,7 +50,7 @@ class SDFile:
     sha256: str
 
     def unet(self) -> UNet2DConditionModel:
-        """In the dtype of the file."""
+        """The UNet, in the dtype of the file."""
         weights, _ = read_weights(self.path, LDM)
         if not weights:
             weights, _ = read_weights(self.path)
@@ -60,7 +60,7 @@ class SDFile:
             return sd_layout.unet(weights, self.native_size // self.downscale)
 
     def text_encoder(self) -> TextEncoder:
-        """In float32. Raises UserError if the file holds none."""
+        """The text encoder, in float32. Raises UserError if the file holds none."""
         weights, _ = read_weights(self.path, *TEXT)
         if not weights:
             raise UserError(
@@ -71,7 +71,7 @@ class SDFile:
             return text.from_ldm(weights, self.family)
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny | None:
-        """In the dtype of the file; None if it holds none."""
+        """The VAE, in the dtype of the file; None if it holds none."""
         weights, _ = read_weights(self.path, VAE)
         if not weights:
             return None

@@ -14,11 +14,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from ..errors import UserError
 from ..families import TOLD_PROMPTS
-from ..files.read import hash_of, read_weights
+from ..files.read import Weights, hash_of, read_weights
 from ..method.noise import TIMESTEPS
 from . import sd_layout, text
 from .sd_file import GIVE, ZERO_SNR, SDFile, named, other_noise, predicts
-from .sd_layout import Weights
 from .text import TextEncoder
 
 BETAS = {
@@ -100,13 +99,15 @@ def open_folder(path: Path) -> SDFolder:
                 "Give the folder that holds model_index.json and unet/, or one file."
             )
     unet = _config(path / "unet" / "config.json")
-    if unet.get("in_channels") != 4:
+    added, width = unet.get("addition_embed_type"), unet.get("cross_attention_dim")
+    alike = [family for family in TOLD_PROMPTS.values() if family.pooled == bool(added)]
+    family = next((family for family in alike if family.text_width == width), alike[0])
+    if unet.get("in_channels") != family.latent_channels:
         raise UserError(
             f"{path}: its UNet has {unet.get('in_channels')} input channels, so it is for "
             f"inpainting, editing or another kind of image. {GIVE}"
         )
-    added = unet.get("addition_embed_type")
-    is_refiner = added and unet.get("cross_attention_dim") == 1280
+    is_refiner = added and width == 1280
     if added not in (None, "text_time") or is_refiner or any(map(unet.get, NOT_CONDITIONED)):
         raise UserError(f"{path}: its UNet is told more than a prompt and t. {GIVE}")
 
@@ -118,9 +119,6 @@ def open_folder(path: Path) -> SDFolder:
         if scheduler.get(key) != value:
             raise other_noise(path, f"its scheduler has {key} {scheduler.get(key)}, not {value}")
     prediction = predicts(path, scheduler.get("prediction_type", "epsilon"))
-    alike = [family for family in TOLD_PROMPTS.values() if family.pooled == bool(added)]
-    width = unet.get("cross_attention_dim")
-    family = next((family for family in alike if family.text_width == width), alike[0])
     hashes = [hash_of(file) for file in _weight_files(path / "unet")]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return SDFolder(path, family.name, prediction, "unknown", sha256)

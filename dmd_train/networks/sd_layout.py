@@ -1,4 +1,4 @@
-"""From key names and shapes to a diffusers network: the UNets and VAEs of Stable Diffusion.
+"""The UNets and VAEs of Stable Diffusion, as diffusers networks, from key names and shapes.
 
 A file says nothing about how its network is configured, but diffusers' configuration follows from
 what is there: how many blocks, how wide, which with attention. What does not follow is a ValueError

@@ -68,7 +68,7 @@ class StableDiffusion(Network):
 
     @torch.no_grad()
     def to_images(self, x0: Tensor) -> Tensor:
-        """One at a time, by the decoder; without one, the first three channels as colours."""
+        """Pictures, one at a time, by the decoder; without one, three channels as colours."""
         if self.decoder is None:
             return (x0[:, :3] / 3).clamp(-1, 1)
         return torch.cat([self.decode(x[None]) for x in x0])

@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 
 class TextEncoder:
-    """In float32 on the CPU until told otherwise; frozen.
+    """CLIP text models side by side, in float32 on the CPU until told otherwise; frozen.
 
     penultimate: read the last hidden state but one, without the final norm (SDXL).
     """
@@ -159,7 +159,7 @@ def _open_clip(weights: Weights, prefix: str, projected: bool) -> Part:
 
 
 def _config(weights: Weights, activation: str) -> CLIPTextConfig:
-    """From shapes, under transformers' names with or without `text_model.`."""
+    """CLIP's, from shapes, under transformers' names with or without `text_model.`."""
     own = {key.removeprefix("text_model."): value for key, value in weights.items()}
     for key in ("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"):
         if key not in own:
@@ -182,7 +182,7 @@ def _config(weights: Weights, activation: str) -> CLIPTextConfig:
 
 
 def _model(config: CLIPTextConfig, weights: Weights, projected: bool) -> nn.Module:
-    """Exactly these weights, in float32. transformers 5 has dropped the prefix `text_model.`."""
+    """A model of exactly these weights, in float32. transformers 5 dropped their `text_model.`."""
     own = {
         key.removeprefix("text_model."): value.float()
         for key, value in weights.items()
@@ -208,7 +208,7 @@ def shipped_tokens(prompts: list[str]) -> list[list[int]]:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    """As transformers sets up CLIP's tokenizer."""
+    """CLIP's, as transformers sets it up."""
     merges = [(first, second) for first, second in map(str.split, _merge_lines())]
     tokenizer = Tokenizer(
         BPE(
