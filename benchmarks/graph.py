@@ -24,7 +24,7 @@ from kit.comfy_host import PROBE_NODES, Server  # noqa: E402
 from kit.graphs import Graph, models  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from dmd_train import networks  # noqa: E402
+from dmd_train.networks.load import load  # noqa: E402
 from dmd_train.terminal import commands as cli  # noqa: E402
 
 PROMPTS = ["a red fox in the snow", "an old lighthouse", ""]
@@ -44,7 +44,7 @@ def sd15(server: Server) -> None:
     """A tiny checkpoint, and its prompts as DMD Prompts would encode them."""
     file = models(server, "checkpoints", "sd15.safetensors")
     tiny_sd15(file, clip=True)
-    text = networks.load(str(file), torch.device("cpu")).text
+    text = load(str(file), torch.device("cpu")).text
     assert text
     encoded = {key: value.half() for key, value in text.encode(PROMPTS).items()}
     told = {"prompts": yaml.safe_dump(PROMPTS)}

@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from . import networks
 from .config import Config
 from .data.pairs import PairBatch, Pairs
 from .data.prompts import SHARD, read_prompts
@@ -23,6 +22,8 @@ from .files.write import write_text
 from .iteration import Distillation
 from .method.sample import sample_teacher
 from .method.seeding import generator, randn
+from .networks.load import load_teacher
+from .networks.loaded import Loaded
 from .prepare import carried_out, prepare
 from .run.folder import KEEP, RunFolder
 
@@ -82,7 +83,7 @@ class Measured:
 
 def measure(config: Config, device: torch.device) -> Measured:
     """A run's figures. Raises UserError for what `train` would refuse."""
-    loaded = networks.load_teacher(config, device)
+    loaded = load_teacher(config, device)
     shape = loaded.network.shape
     prompts = read_prompts(config.prompts) if loaded.text else []
     with _small_run(config, prompts[:SHARD]) as run:
@@ -117,7 +118,7 @@ def _small_run(config: Config, prompts: list[str]) -> Iterator[RunFolder]:
             yield run
 
 
-def _rehearse(run: RunFolder, loaded: networks.Loaded, device: torch.device) -> Rehearsal:
+def _rehearse(run: RunFolder, loaded: Loaded, device: torch.device) -> Rehearsal:
     config = run.config
     _reset_peak(device)
     trained = weights = condition = 0

@@ -23,11 +23,10 @@ from .method.network import Network
 from .method.objectives import Distance, pseudo_huber
 from .method.processes import Processes
 from .method.roles import Roles, three_networks, two_adapters
-from .networks import Loaded
-from .presets import PRESETS, presets_for
+from .networks.loaded import Loaded, one_step_recipe
+from .presets import families_of, presets_for
 from .run.folder import RunFolder
 from .run.sample_sheet import SampleSheet
-from .run.student import one_step_recipe
 from .run.trackers import require_trackers
 
 
@@ -117,7 +116,7 @@ def _taken_up(state: Distillation, run: RunFolder) -> int:
 
 def require_possible(config: Config, loaded: Loaded) -> None:
     """Refusal, a UserError, of what would stop the run only once prompts and pairs are made."""
-    families, family = PRESETS[config.preset].families, loaded.network.family
+    families, family = families_of(config.preset), loaded.network.family
     if families and family not in families:
         raise UserError(
             f"preset: {config.preset} is for {', '.join(families)}, but {config.teacher} is "

@@ -6,6 +6,8 @@ iterations; steps here are student updates, D2's iterations over its critic upda
 
 from typing import Any, NamedTuple
 
+from .families import FAMILIES
+
 
 class Choice(NamedTuple):
     """A value, and its source or reason."""
@@ -15,9 +17,8 @@ class Choice(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """families: of the teachers it is for; none: it is for any."""
+    """Settings of a run, and what it is for. Of which families: `families_of`."""
 
-    families: tuple[str, ...]
     about: str
     choices: dict[str, Choice]
 
@@ -125,32 +126,34 @@ DMD2 = SD_FULL | {
 }
 
 PRESETS: dict[str, Preset] = {
-    "digits-one-step": Preset(
-        ("digits", "edm-unet", "edm-imagenet64"), "the embedded digits, minutes", DIGITS_ONE_STEP
-    ),
-    "sd15-one-step-lora": Preset(("sd1",), "SD 1.x on one GPU, gives a LoRA", SD_LORA),
-    "sd15-one-step-full": Preset(("sd1",), "SD 1.x, three networks, gives a UNet", SD_FULL),
-    "sd2-one-step-lora": Preset(("sd2",), "SD 2.x on one GPU, gives a LoRA", SD_LORA),
-    "sd2-one-step-full": Preset(("sd2",), "SD 2.x, three networks, gives a UNet", SD_FULL),
+    "digits-one-step": Preset("the embedded digits, minutes", DIGITS_ONE_STEP),
+    "sd15-one-step-lora": Preset("SD 1.x on one GPU, gives a LoRA", SD_LORA),
+    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL),
+    "sd2-one-step-lora": Preset("SD 2.x on one GPU, gives a LoRA", SD_LORA),
+    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL),
     "sdxl-one-step-lora": Preset(
-        ("sdxl",),
         "SDXL on one GPU, gives a LoRA; warms up on pairs",
         SD_LORA | SDXL | {"lora_rank": Choice(32, "64 of D2 B.5 does not fit 16 GB twice")},
     ),
     "sdxl-one-step-full": Preset(
-        ("sdxl",),
         "SDXL, three networks, several GPUs; warms up on pairs",
         SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
     ),
     "any-one-step-lora": Preset(
-        (), "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
+        "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
     ),
-    "sd15-paper": Preset(("sd1",), "DMD as published: pairs and LPIPS, a cluster", PAPER),
-    "sd15-dmd2": Preset(("sd1",), "DMD2's first stage as published, a cluster", DMD2),
+    "sd15-paper": Preset("DMD as published: pairs and LPIPS, a cluster", PAPER),
+    "sd15-dmd2": Preset("DMD2's first stage as published, a cluster", DMD2),
 }
 
 
+def families_of(preset: str) -> list[str]:
+    """Names of the families whose teachers it is for; none: it is for any other."""
+    return [family.name for family in FAMILIES.values() if preset in family.presets]
+
+
 def presets_for(family: str) -> list[str]:
-    """Those that name the family; where none does, those for any."""
-    own = [name for name, preset in PRESETS.items() if family in preset.families]
-    return own or [name for name, preset in PRESETS.items() if not preset.families]
+    """Names of those for a family, the one for one consumer GPU first; else of those for any."""
+    if family in FAMILIES:
+        return list(FAMILIES[family].presets)
+    return [name for name in PRESETS if not families_of(name)]

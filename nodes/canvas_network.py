@@ -23,13 +23,13 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from ..dmd_train.config import Config
 from ..dmd_train.data.conditions import Conditions
 from ..dmd_train.errors import UserError
-from ..dmd_train.method.adapters import UNET_LAYERS
+from ..dmd_train.families import TOLD_PROMPTS
 from ..dmd_train.method.network import Condition, Network
 from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction, per_sample
 from .class_label import LABEL
 from .conditioning import rows_of
 from .edm_model import EDMModel
-from .model_recipe import FAMILIES, family_of, native_size
+from .model_recipe import family_of, native_size
 from .wired import Wired
 
 DIFFUSION_MODEL = "diffusion_model."
@@ -162,9 +162,10 @@ class CanvasNetwork(Network):
         self.module = patched_copy(model, device, dtype)
         self.options = model.model_options.get("transformer_options", {})
         self.call = model.model_options.get("model_function_wrapper", _plainly)
-        is_unet = self.family in FAMILIES
-        self.names = _diffusers_names(model) if is_unet else {}
-        self.lora_targets = UNET_LAYERS if is_unet else BLOCK_LAYERS
+        known = TOLD_PROMPTS.get(self.family)
+        self.names = _diffusers_names(model) if known else {}
+        self.lora_targets = known.lora_layers if known else BLOCK_LAYERS
+        self.lora_metadata = known.lora_metadata if known else {}
 
     @torch.no_grad()
     def try_once(self, guidance: float) -> None:

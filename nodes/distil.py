@@ -12,13 +12,13 @@ import yaml
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..dmd_train import networks
 from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
 from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.networks.edm import EDMNetwork
-from ..dmd_train.networks.recognise import recognise
+from ..dmd_train.networks.load import DIGITS_TEACHER, load
+from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.presets import PRESETS, presets_for
 from ..dmd_train.run.folder import RunFolder
 from .class_label import all_classes
@@ -328,15 +328,15 @@ def _config(values: dict[str, Any], name: str, wired: Wired) -> Config:
 
 def _from_file(config: Config, node_id: str) -> Wired:
     """A headless run's teacher as ComfyUI loads it, with its prompts. Raises UserError."""
-    file = networks.DIGITS_TEACHER if config.teacher == DIGITS else _found(Path(config.teacher))
+    file = DIGITS_TEACHER if config.teacher == DIGITS else _found(Path(config.teacher))
     if file.is_dir():
         raise UserError(
             f"{file}: a diffusers folder, which ComfyUI does not load. Go on in a terminal: "
             f"python -m dmd_train train {config.output / 'run.yaml'}"
         )
     found = recognise(*peek(file), str(file))
-    if found.layout in networks.EDM_LAYOUTS:
-        network = networks.load(str(file), torch.device("cpu")).network
+    if found.layout in CLASS_CONDITIONAL:
+        network = load(str(file), torch.device("cpu")).network
         assert isinstance(network, EDMNetwork)
         model = edm_model(network)
         return Wired(model, all_classes(model), file=file)

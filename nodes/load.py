@@ -1,6 +1,5 @@
 """Load DMD Checkpoint and Load DMD LoRA: the file says how it must be sampled."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..dmd_train import networks
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek, read_weights
+from ..dmd_train.method.lora import kohya_key
+from ..dmd_train.networks.load import load
 from ..dmd_train.networks.recognise import Found, recognise
 from .edm_model import edm_model, pixel_vae
 from .model_files import PACK, choices, path_of
 from .model_recipe import family_of, with_recipe
+
+UNKNOWN = "which recipe? pick one in DMD Model Sampling"
+"""Where nothing tells how many steps a file takes."""
 
 
 class LoadDMDCheckpoint(io.ComfyNode):
@@ -53,7 +56,9 @@ class LoadDMDCheckpoint(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         path = path_of(file)
         shapes, metadata = peek(path)
-        found = recognise(shapes, metadata, str(path), wanted="checkpoint")
+        found = recognise(
+            shapes, metadata, str(path), "checkpoint", elsewhere="Open it with Load DMD LoRA."
+        )
         model, clip, vae = _load(path, found)
         if found.recipe:
             model = with_recipe(model, found.recipe)
@@ -62,7 +67,7 @@ class LoadDMDCheckpoint(io.ComfyNode):
             model,
             clip or ExecutionBlocker(absent % ("text encoder", "CLIP")),
             vae or ExecutionBlocker(absent % ("VAE", "VAE")),
-            ui={"text": (found.summary,)},
+            ui={"text": (found.summary(UNKNOWN),)},
         )
 
 
@@ -71,7 +76,7 @@ def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:
     match found.layout:
         case "our student" | "our teacher" | "EDM class-conditional":
             try:
-                network = networks.load(str(path), torch.device("cpu")).network
+                network = load(str(path), torch.device("cpu")).network
             except ModuleNotFoundError as error:
                 raise UserError(
                     f"{path}: reading it needs {error.name}, which is not installed. Run "
@@ -123,36 +128,26 @@ class LoadDMDLoRA(io.ComfyNode):
     def execute(cls, model: ModelPatcher, file: str, strength: float) -> io.NodeOutput:
         path = Path(folder_paths.get_full_path_or_raise("loras", file))
         shapes, metadata = peek(path)
-        found = recognise(shapes, metadata, str(path), wanted="LoRA")
+        found = recognise(
+            shapes,
+            metadata,
+            str(path),
+            "LoRA",
+            elsewhere="Open it with Load DMD Checkpoint.",
+            ours="that DMD Distill made",
+        )
         if found.family != family_of(model):
             raise UserError(
                 f"{path}: this LoRA is for {found.family}, the model is {family_of(model)}"
             )
         tensors, _ = read_weights(path)
-        lora = {_kohya_name(key): value for key, value in tensors.items()}
+        lora = {kohya_key(key): value for key, value in tensors.items()}
         patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)
         if _patch_count(patched) == _patch_count(model):
             raise UserError(f"{path}: this LoRA fits no layer of the model")
         if found.recipe:
             patched = with_recipe(patched, found.recipe)
-        return io.NodeOutput(patched, ui={"text": (found.summary,)})
-
-
-PEFT = re.compile(
-    r"(?:base_model\.model\.|unet\.)*(?P<module>.+)\.lora(?:_(?P<side>[AB])|\.(?P<way>down|up))"
-    r"(?:\.\w+)?\.weight"
-)
-"""A weight of a LoRA as peft and diffusers name it, with or without the adapter's name."""
-
-
-def _kohya_name(key: str) -> str:
-    """The one naming that ComfyUI reads for every layer of a UNet; other keys as they are."""
-    found = PEFT.fullmatch(key)
-    if found is None:
-        return key
-    module = found["module"].replace(".", "_")
-    way = found["way"] or {"A": "down", "B": "up"}[found["side"]]
-    return f"lora_unet_{module}.lora_{way}.weight"
+        return io.NodeOutput(patched, ui={"text": (found.summary(UNKNOWN),)})
 
 
 def _patch_count(model: ModelPatcher) -> int:

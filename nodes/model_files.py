@@ -30,7 +30,7 @@ def choices() -> list[str]:
 
 
 def path_of(choice: str) -> Path:
-    """Raises UserError for a name that is not (or no longer) offered."""
+    """The file of a choice. Raises UserError for one that is not (or no longer) offered."""
     folder, _, name = choice.partition("/")
     path = folder_paths.get_full_path(folder, name) if folder in FOLDERS else None
     if path is None:

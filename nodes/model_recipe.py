@@ -1,7 +1,6 @@
 """A recipe on a ComfyUI MODEL: kept as an attachment, made true by its model_sampling."""
 
 import math
-from collections.abc import Sequence
 
 import comfy.model_base
 import comfy.model_sampling
@@ -10,21 +9,15 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train.errors import UserError
+from ..dmd_train.families import FAMILIES
 from ..dmd_train.method.noise import TIMESTEPS
 from ..dmd_train.method.recipe import Recipe
 from .edm_model import EDMConfig
 
 ATTACHMENT = "dmd_recipe"
 
-FAMILIES: dict[str, Sequence[str]] = {
-    "sd1": ("SD15",),
-    "sd2": ("SD20", "SD21UnclipL", "SD21UnclipH"),
-    "sdxl": ("SDXL", "SSD1B", "Segmind_Vega"),
-}
-"""Our name of a family -> the classes of comfy.supported_models that are of it."""
-
-
-NATIVE_SIZES = {"sd1": 512, "sd2": 512}
+OTHER_SIZE = 1024
+"""Pixels a side, of a family that is known to ComfyUI alone."""
 
 
 def recipe_of(model: ModelPatcher) -> Recipe | None:
@@ -37,10 +30,10 @@ def family_of(model: ModelPatcher) -> str:
     config = model.model.model_config
     if isinstance(config, EDMConfig):
         return config.family
-    for family, names in FAMILIES.items():
-        classes = tuple(getattr(comfy.supported_models, name, ()) for name in names)
+    for family in FAMILIES.values():
+        classes = tuple(getattr(comfy.supported_models, name, ()) for name in family.comfy)
         if isinstance(config, tuple(kind for kind in classes if kind)):
-            return family
+            return family.name
     return type(config).__name__
 
 
@@ -49,10 +42,9 @@ def native_size(model: ModelPatcher) -> int:
     config = model.model.model_config
     if isinstance(config, EDMConfig):
         return config.native_size
-    family = family_of(model)
-    if family == "sd2" and model.model.model_type == comfy.model_base.ModelType.V_PREDICTION:
-        return 768
-    return NATIVE_SIZES.get(family, 1024)
+    family = FAMILIES.get(family_of(model))
+    is_v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
+    return family.native_size("v" if is_v else "eps") if family else OTHER_SIZE
 
 
 def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:

@@ -14,13 +14,14 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from torch import nn
 
-from ..dmd_train import networks
 from ..dmd_train.config import Config
 from ..dmd_train.data.pairs import StoredPairs
 from ..dmd_train.errors import UserError, out_of_memory
+from ..dmd_train.files.read import hash_of
 from ..dmd_train.files.shards import Shards
-from ..dmd_train.files.write import hash_of, write_text
+from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
+from ..dmd_train.networks.loaded import Loaded
 from ..dmd_train.run.folder import RunFolder
 from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
@@ -147,12 +148,12 @@ def _every_call_may_stop(module: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _loaded(network: Network, wired: Wired) -> networks.Loaded:
+def _loaded(network: Network, wired: Wired) -> Loaded:
     """Who the teacher is, for the recipe. A student's own recipe is refused by the engine."""
     recipe = recipe_of(wired.model)
     if wired.file:
-        return networks.Loaded(network, recipe, wired.file.stem, hash_of(wired.file))
-    return networks.Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
+        return Loaded(network, recipe, wired.file.stem, hash_of(wired.file))
+    return Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
 
 
 def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> StoredPairs:

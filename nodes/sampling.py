@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.recipe import Recipe
-from ..dmd_train.networks.published import PRESETS
+from ..dmd_train.networks.published import RECIPES
 from .model_recipe import family_of, native_size, recipe_of, sigmas_of, with_recipe
 
 FROM_FILE, CUSTOM = "from the file", "custom timesteps"
@@ -46,7 +46,7 @@ class DMDModelSampling(io.ComfyNode):
                 io.Model.Input("model", tooltip="A few-step model from any loader."),
                 io.Combo.Input(
                     "recipe",
-                    options=[FROM_FILE, *PRESETS, CUSTOM],
+                    options=[FROM_FILE, *RECIPES, CUSTOM],
                     default=FROM_FILE,
                     tooltip="From the file: what Load DMD Checkpoint or Load DMD LoRA read. "
                     "Otherwise the recipe that the model's author names.",
@@ -74,10 +74,10 @@ class DMDModelSampling(io.ComfyNode):
             chosen = needed_recipe(model)
         elif recipe == CUSTOM:
             chosen = custom_recipe(model, timesteps)
-        elif recipe in PRESETS:
-            chosen = PRESETS[recipe]
+        elif recipe in RECIPES:
+            chosen = RECIPES[recipe]
         else:  # a workflow of another version; older ComfyUIs do not look into this list
-            raise UserError(f"recipe: there is no '{recipe}'. Choose one of {', '.join(PRESETS)}")
+            raise UserError(f"recipe: there is no '{recipe}'. Choose one of {', '.join(RECIPES)}")
         patched = with_recipe(model, chosen)
         return io.NodeOutput(patched, dmd_sampler(), sigmas_of(patched, chosen))
 

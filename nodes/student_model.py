@@ -7,7 +7,7 @@ import comfy.sd
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..dmd_train.files.write import read_safetensors
+from ..dmd_train.files.read import read_safetensors
 from ..dmd_train.method.recipe import Recipe, read_recipe
 from .edm_model import EDMModel
 from .model_recipe import with_recipe

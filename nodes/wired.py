@@ -9,12 +9,12 @@ import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 
-from ..dmd_train import networks
 from ..dmd_train.config import CANVAS, DIGITS, Config
 from ..dmd_train.data.conditions import name_of
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
-from ..dmd_train.networks.recognise import recognise
+from ..dmd_train.networks.load import DIGITS_TEACHER
+from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from .class_label import LABEL
 from .conditioning import PROMPT, fingerprint, rows_of
 from .edm_model import EDMModel
@@ -94,7 +94,7 @@ class Wired:
             return {"teacher": self.model_name, "prompts": self.conditions_name}
         assert self.file
         if isinstance(self.model.model, EDMModel):
-            is_ours = self.file.resolve() == networks.DIGITS_TEACHER.resolve()
+            is_ours = self.file.resolve() == DIGITS_TEACHER.resolve()
             return {"teacher": DIGITS if is_ours else str(self.file), "prompts": None}
         return {"teacher": str(self.file), "prompts": str(config.output / PROMPTS_FILE)}
 
@@ -125,4 +125,4 @@ def _whole(path: Path) -> Path | None:
     except UserError:
         return None
     is_whole = found.layout == "LDM single file" and found.text_encoder
-    return path if found.layout in networks.EDM_LAYOUTS or is_whole else None
+    return path if found.layout in CLASS_CONDITIONAL or is_whole else None

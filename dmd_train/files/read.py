@@ -1,6 +1,9 @@
 """Weights from a file that anybody may have made: safetensors, or a pickle without code."""
 
+import hashlib
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from .write import read_safetensors
 
 Shapes = dict[str, tuple[int, ...]]
+Weights = dict[str, Tensor]
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -20,23 +23,60 @@ def peek(path: Path) -> tuple[Shapes, dict[str, str]]:
     """Shapes and metadata without the weights: a header, or memory that is mapped, not read."""
     if path.suffix.lower() in PICKLES:
         return {key: tuple(value.shape) for key, value in _read_pickle(path).items()}, {}
+    with _opened(path) as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+        return shapes, file.metadata() or {}
+
+
+def read_weights(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str]]:
+    """Tensors on the CPU, and the metadata (a pickle has none). Raises UserError, one line.
+
+    prefixes: only weights whose names start with one of them; of safetensors the rest is not read.
+    """
+    if path.suffix.lower() in PICKLES:
+        return {k: v for k, v in _read_pickle(path).items() if k.startswith(prefixes or "")}, {}
+    return read_safetensors(path, *prefixes)
+
+
+def read_safetensors(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str]]:
+    """Tensors on the CPU, and the metadata. Raises UserError unless the file is whole."""
+    with _opened(path) as file:
+        wanted = [key for key in list(file.keys()) if key.startswith(prefixes or "")]
+        return {key: file.get_tensor(key) for key in wanted}, file.metadata() or {}
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file. Raises UserError, in the end too, unless it is whole."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path; it is relative to this folder.")
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-            return shapes, file.metadata() or {}
-    except (OSError, SafetensorError):
-        read_safetensors(path)  # raises, and says what is wrong with the file
-        raise
+            yield file
+    except SafetensorError as error:
+        # asked only now: the length of a header, which comes first, may begin with the same bytes
+        with path.open("rb") as raw:
+            start = raw.read(2)
+        if start[:1] == b"\x80" or start == b"PK":
+            raise UserError(
+                f"{path}: a pickled PyTorch file, which may run code when loaded. "
+                "Convert it to .safetensors first."
+            ) from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}). Download or copy it again."
+        ) from None
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors on the CPU, and the metadata (a pickle has none). Raises UserError, one line."""
-    if path.suffix.lower() in PICKLES:
-        return _read_pickle(path), {}
-    return read_safetensors(path)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> Weights:
     """A state dict by torch's unpickler, which builds tensors and containers and runs nothing."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path; it is relative to this folder.")

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from .write import read_safetensors, write_safetensors
+from .read import read_safetensors
+from .write import write_safetensors
 
 ORIGIN_KEY = "dmd.origin"
 IN_MEMORY = 1 << 30
@@ -59,7 +59,7 @@ class Shards:
         files = sorted(folder.glob("shard-*.safetensors"))
         if not files:
             raise UserError(f"{folder}: holds no shards. Make them again.")
-        self.parts = [_mapped(file) for file in files]
+        self.parts = [read_safetensors(file)[0] for file in files]
         lengths = torch.tensor([len(next(iter(part.values()))) for part in self.parts])
         self.ends = lengths.cumsum(0)
         tensors = [value for part in self.parts for value in part.values()]
@@ -83,8 +83,3 @@ class Shards:
         where = list(zip(part.tolist(), within.tolist(), strict=True))
         keys = self.parts[0]
         return {key: torch.stack([self.parts[p][key][i] for p, i in where]) for key in keys}
-
-
-def _mapped(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in list(opened.keys())}

@@ -15,47 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from .lora import lora_tensors
 from .network import Condition, Network, Wrapped
 from .seeding import generator
-
-LISTED_AS = {
-    "sd1": {"ss_base_model_version": "sd_v1"},
-    "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
-    "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
-}
-"""Family -> the metadata by which A1111 and Forge list a LoRA; any other is for SD 1 to them."""
-
-
-UNET_LAYERS = (
-    r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|"
-    r"conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)"
-)
-"""Of a Stable Diffusion UNet, those that adapters go on, by diffusers' names (DMD2 B.5)."""
-
-
-def kohya_name(layer: str) -> str:
-    """The name of a UNet's layer in a LoRA, by which ComfyUI, A1111, Forge and diffusers know it.
-
-    "mid_block.attentions.0.proj_in" -> "lora_unet_mid_block_attentions_0_proj_in".
-    """
-    return "lora_unet_" + layer.replace(".", "_")
-
-
-@torch.no_grad()
-def merge_lora(module: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
-    """Add a LoRA's file to the weights of `module`, in place: W + alpha / rank * up down.
-
-    Raises UserError if a layer of the LoRA is none of the module's.
-    """
-    layers = {kohya_name(name): layer for name, layer in module.named_modules()}
-    for key in sorted({key.partition(".")[0] for key in tensors}):
-        down, up = (tensors.get(f"{key}.lora_{way}.weight") for way in ("down", "up"))
-        weight = getattr(layers.get(key), "weight", torch.empty(0))
-        if down is None or up is None or weight.shape[:2] != (up.shape[0], down.shape[1]):
-            raise UserError(f"{file}: its layer {key} is none of the base model's. Another base?")
-        alpha = float(tensors.get(f"{key}.alpha", torch.tensor(len(down))))
-        delta = up.float().flatten(1) @ down.float().flatten(1)
-        weight += (alpha / len(down) * delta).view_as(weight).to(weight)
 
 
 class Adapters:
@@ -139,13 +101,11 @@ class Adapters:
 
     def file_tensors(self, name: str) -> dict[str, Tensor]:
         """A LoRA's file: down, up and alpha of every layer. The scale is alpha over the rank."""
-        tensors = {}
-        for layer, lora in self.layers.items():
-            key = kohya_name(layer)
-            tensors[f"{key}.lora_down.weight"] = lora.lora_A[name].weight
-            tensors[f"{key}.lora_up.weight"] = lora.lora_B[name].weight
-            tensors[f"{key}.alpha"] = torch.tensor(float(self.alpha))
-        return tensors
+        layers = {
+            layer: (lora.lora_A[name].weight, lora.lora_B[name].weight)
+            for layer, lora in self.layers.items()
+        }
+        return lora_tensors(layers, self.alpha)
 
     @torch.no_grad()
     def merged(self, name: str) -> dict[str, Tensor]:
@@ -189,4 +149,4 @@ class Adapted(Wrapped):
         return self.adapters.file_tensors(self.name)
 
     def file_metadata(self) -> dict[str, str]:
-        return LISTED_AS.get(self.family, {})
+        return dict(self.network.lora_metadata)

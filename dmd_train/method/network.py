@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,14 +34,17 @@ class Network(ABC):
     family: str
     license: str
     sigma_data: float = 0.5
+    classes: int | None = None
+    """How many a class-conditional network knows; None: it is told something else."""
+
     downscale: int = 1
     """Pixels a side that one value of a sample stands for: 8 of most latents."""
 
-    classes: int | None = None
-    """How many it draws; None of one that is told prompts."""
-
     latent_scale: float | None = None
     """What a VAE's latents are multiplied by for the network; None of one that draws pixels."""
+
+    decoder: nn.Module | None = None
+    """The VAE's half that draws, of latents, where there is one."""
 
     file_dtype: torch.dtype = torch.float32
     """A student's weights on disk."""
@@ -48,9 +52,12 @@ class Network(ABC):
     lora_targets: str = r".*"
     """A regular expression for the names of the layers that adapters go on."""
 
+    lora_metadata: Mapping[str, str] = MappingProxyType({})
+    """What a LoRA for this network says of itself, for programs to list it by."""
+
     @abstractmethod
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x_t: (B, C, H, W); t: (B,) timesteps 0..999 -> the estimate of x0, (B, C, H, W)."""
+        """The estimate of x0, like x_t: (B, C, H, W); t: (B,) timesteps 0..999."""
 
     @abstractmethod
     def null_condition(self, condition: Condition) -> Condition:
@@ -78,7 +85,11 @@ class Network(ABC):
         return denoising_weight(self.prediction, alpha, sigma, self.sigma_data)
 
     def to_images(self, x0: Tensor) -> Tensor:
-        """x0: (B, C, H, W) -> pictures in [-1, 1], (B, 1 or 3, H', W'); latents are decoded."""
+        """Pictures in [-1, 1], (B, 1 or 3, H', W'), of x0: (B, C, H, W); latents are decoded."""
+        return x0
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Pictures with their gradient, (B, 1 or 3, H', W') about -1..1, of x0: (B, C, H, W)."""
         return x0
 
     def freeze(self) -> None:

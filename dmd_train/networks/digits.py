@@ -23,7 +23,7 @@ LICENSE = "Apache-2.0; trained on the UCI optical digits data set, CC BY 4.0"
 
 
 class Digits(NamedTuple):
-    """image: (1797, 1, 8, 8) in [-1, 1]; label: (1797,) int64."""
+    """The data set. image: (1797, 1, 8, 8) in [-1, 1]; label: (1797,) int64."""
 
     image: Tensor
     label: Tensor
@@ -60,7 +60,7 @@ class DigitsNet(Module):
             init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
-        """x: (B, 1, 8, 8); c_noise: (B,); label: (B,) int64, 10 = no class -> (B, 1, 8, 8)."""
+        """F, like x: (B, 1, 8, 8); c_noise: (B,); label: (B,) int64, 10 = no class."""
         angle = c_noise[:, None] * self.frequencies
         embedding = self.noise(torch.cat([angle.cos(), angle.sin()], dim=1)) + self.label(label)
         modulation = self.modulation(functional.silu(embedding)).chunk(2 * len(self.expand), dim=1)
@@ -110,8 +110,8 @@ def train_digits_teacher(network: EDMNetwork, steps: int, seed: int) -> Iterator
         c = edm_scalings(sigma, SIGMA_DATA)
         output = network.module(per_sample(c.c_in).float() * x, c.c_noise.float(), label)
         mu = per_sample(c.c_skip).float() * x + per_sample(c.c_out).float() * output
-        weight = per_sample(denoising_weight("edm", sigma, sigma, SIGMA_DATA)).float()
-        loss = (weight * (mu - x0).square()).mean()
+        weight = denoising_weight("edm", torch.ones_like(sigma), sigma, SIGMA_DATA)
+        loss = (per_sample(weight).float() * (mu - x0).square()).mean()
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -14,7 +14,7 @@ class EDMUNet(UNet2DModel):
     """diffusers' UNet2DModel as a raw EDM network; its last class embedding is "no class"."""
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
-        """x: (B, C, H, W); c_noise: (B,); label: (B,) int64 -> (B, C, H, W)."""
+        """F, like x: (B, C, H, W); c_noise: (B,); label: (B,) int64."""
         return super().forward(x, c_noise, class_labels=label, return_dict=False)[0]
 
 

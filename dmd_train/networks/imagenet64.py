@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
+from ..files.read import Weights
 from .edm import EDMNetwork
 from .edm_unet import edm_unet
 
 SIGMA_DATA = 0.5
 HEAD_CHANNELS = 64
 GROUPS = 32
-
-Weights = dict[str, Tensor]
 
 RESIDUAL = {
     "norm0": "norm1",

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+LDM = "model.diffusion_model."
+"""What a single file puts before the names of its UNet's weights."""
+
 ENDS = {
     "conv_in.": "input_blocks.0.0.",
     "time_embedding.linear_1.": "time_embed.0.",
@@ -24,7 +27,7 @@ RESIDUAL = {
 
 
 def unet_names(keys: Iterable[str], config: Any) -> dict[str, str]:
-    """diffusers' name -> LDM's, for the weights of a UNet2DConditionModel of this config.
+    """LDM's names, without the prefix, by diffusers' names of a UNet2DConditionModel's weights.
 
     Raises KeyError for a layer that LDM has not.
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..method.network import Network
 from ..method.objectives import Distance
-from .stable_diffusion import StableDiffusion
 
 VGG = "vgg16-397923af.pth"
 """torchvision's file of the backbone that the paper's LPIPS has."""
@@ -18,12 +17,12 @@ ALTERNATIVE = "or set regression_loss: pseudo-huber, which needs no weights."
 
 
 def lpips(network: Network) -> Distance:
-    """(samples, targets) in latents -> their LPIPS once decoded. The gradient passes the decoder.
+    """The distance of (samples, targets) in latents: LPIPS once decoded, with its gradient.
 
     Raises UserError unless torchvision, the backbone's weights and a decoder are on this machine:
     nothing is downloaded.
     """
-    if not isinstance(network, StableDiffusion):
+    if network.latent_scale is None:
         raise UserError(f"regression_loss: lpips is not for {network.family} networks.")
     if importlib.util.find_spec("torchvision") is None:
         raise UserError(f"regression_loss: lpips needs torchvision: install it, {ALTERNATIVE}")

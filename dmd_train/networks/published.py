@@ -17,7 +17,7 @@ def _eps(family: str, *timesteps: int) -> Recipe:
     return Recipe(family=family, prediction="eps", timesteps=timesteps, noise_scale=1.0)
 
 
-PRESETS: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     "SD 1.5, 1 step": _eps("sd1", 999),
     "SDXL, 1 step (t = 399)": _eps("sdxl", 399),
     "SDXL, 2 steps": _eps("sdxl", 999, 499),
@@ -34,9 +34,9 @@ def _dmd2(recipe: Recipe, teacher: str, guidance: float) -> Recipe:
 
 SD15, SDXL = "stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"
 PUBLISHED: dict[tuple[str, int], Recipe] = {
-    ("sd1", 1): _dmd2(PRESETS["SD 1.5, 1 step"], SD15, 1.75),
-    ("sdxl", 1): _dmd2(PRESETS["SDXL, 1 step (t = 399)"], SDXL, 8.0),
-    ("sdxl", 4): _dmd2(PRESETS["SDXL, 4 steps"], SDXL, 8.0),
+    ("sd1", 1): _dmd2(RECIPES["SD 1.5, 1 step"], SD15, 1.75),
+    ("sdxl", 1): _dmd2(RECIPES["SDXL, 1 step (t = 399)"], SDXL, 8.0),
+    ("sdxl", 4): _dmd2(RECIPES["SDXL, 4 steps"], SDXL, 8.0),
     ("edm-imagenet64", 1): Recipe(
         family="edm-imagenet64",
         prediction="edm",

@@ -1,4 +1,4 @@
-"""From a file on disk to what it is: layout, family, recipe, licence. A wrong file in one line.
+"""What a file on disk is: layout, family, recipe, licence. A wrong file in one line.
 
 The layout is read off key names and shapes. What weights cannot tell (DMD2's one-step and
 four-step UNets are alike) is read off the recipe in the file's metadata, else off the name of a
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
+from ..families import FAMILIES, TITLES, TOLD_PROMPTS, of_width
 from ..files.read import Shapes
+from ..method.lora import OWN_KEY
 from ..method.network import NETWORK_KEY
 from ..method.recipe import Recipe, read_recipe
+from .ldm_names import LDM
 from .published import DMD2_LICENSE, is_dmd2, published_recipe
 
 Kind = Literal["checkpoint", "LoRA"]
@@ -31,20 +34,8 @@ Layout = Literal[
     "PEFT LoRA",
 ]
 
-LDM = "model.diffusion_model."
-FAMILY_NAMES = {
-    "sd1": "SD 1.x",
-    "sd2": "SD 2.x",
-    "sdxl": "SDXL",
-    "edm-imagenet64": "ImageNet-64",
-}
-"""Those whose networks dmd_train has itself. A student of another is of one that ComfyUI has."""
-UNETS = {(768, False): "sd1", (1024, False): "sd2", (2048, True): "sdxl"}
-"""(width of the text context, whether there is a pooled embedding) -> family."""
-LORAS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-"""Input width of the cross-attention's keys -> family."""
-OUR_LORA = re.compile(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
-"""Every key of a LoRA of ours for a family of ComfyUI's."""
+CLASS_CONDITIONAL: tuple[Layout, ...] = ("our student", "our teacher", "EDM class-conditional")
+"""Layouts of networks that are told a class."""
 
 FOREIGN = {
     r"(real_unet|fake_unet|cls_pred_branch)\.": "DMD2's guidance network, which only training "
@@ -62,14 +53,6 @@ FOREIGN = {
 }
 """Start of a key -> what has such keys. The first that matches names the file."""
 
-NODES: dict[Kind, str] = {"checkpoint": "Load DMD Checkpoint", "LoRA": "Load DMD LoRA"}
-ACCEPTED: dict[Kind | None, str] = {
-    "checkpoint": "an SD 1.x, SD 2.x or SDXL checkpoint or UNet, DMD2's ImageNet-64 generator, "
-    "or a file written by dmd_train",
-    "LoRA": "a kohya or PEFT LoRA for SD 1.x, SD 2.x or SDXL, or one that DMD Distill made",
-}
-ACCEPTED[None] = f"{ACCEPTED['checkpoint']}; or {ACCEPTED['LoRA']}"
-
 
 @dataclass(frozen=True)
 class Found:
@@ -83,40 +66,44 @@ class Found:
     text_encoder: bool = False
     vae: bool = False
 
-    @property
-    def summary(self) -> str:
-        """One line for the user: family, layout, steps, conditioning timesteps, licence."""
+    def summary(self, unknown: str = "which recipe?") -> str:
+        """One line for the user: family, layout, steps, conditioning timesteps, licence.
+
+        unknown: in place of the steps, where neither the file nor its name tells the recipe.
+        """
         extra = [name for name, is_in in (("CLIP", self.text_encoder), ("VAE", self.vae)) if is_in]
         layout = self.layout + (f" with {' and '.join(extra)}" if extra else "")
-        family = FAMILY_NAMES.get(self.family, self.family)
-        return f"{family}, {layout}: {self._steps}; licence {self.license}"
+        family = FAMILIES[self.family].title if self.family in FAMILIES else self.family
+        return f"{family}, {layout}: {self._steps or unknown}; licence {self.license}"
 
     @property
     def _steps(self) -> str:
         if self.recipe:
             timesteps = ", ".join(map(str, self.recipe.timesteps))
             return f"{self.recipe.nfe} step{'s' * (self.recipe.nfe > 1)} at t = {timesteps}"
-        if self.layout == "our teacher":
-            return "many steps"
-        return "which recipe? pick one in DMD Model Sampling"
+        return "many steps" if self.layout == "our teacher" else ""
 
 
 def recognise(
-    shapes: Shapes, metadata: dict[str, str], name: str, wanted: Kind | None = None
+    shapes: Shapes,
+    metadata: dict[str, str],
+    name: str,
+    wanted: Kind | None = None,
+    elsewhere: str = "",
+    ours: str = "that dmd_train wrote",
 ) -> Found:
-    """What the file `name` (its path, for the hints of file and folder) holds; see `peek`.
+    """The contents (see `peek`) of the file `name`: its path, for the hints of file and folder.
 
+    elsewhere: the way out where it is of the other kind. ours: whose other LoRAs are taken.
     Raises UserError for anything else than `wanted`, naming the file and some of its keys.
     """
     if not shapes:
         raise UserError(f"{name}: empty, it holds no weights. Download or copy it again.")
     found = _recognise(shapes, metadata, name)
     if found is None:
-        raise _refusal(name, _foreign(shapes), shapes, f"Give {ACCEPTED[wanted]}.")
+        raise _refusal(name, _foreign(shapes), shapes, f"Give {_accepted(wanted, ours)}.")
     if wanted not in (None, found.kind):
-        raise _refusal(
-            name, f"a {found.kind}, not a {wanted}", shapes, f"Open it with {NODES[found.kind]}."
-        )
+        raise _refusal(name, f"a {found.kind}, not a {wanted}", shapes, elsewhere)
     return found
 
 
@@ -152,9 +139,9 @@ def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | N
 
 def _of_comfyui(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
     """A student of ours whose network ComfyUI alone has. told: the family by its own recipe."""
-    if told is None or told in FAMILY_NAMES:
+    if told is None or told in TOLD_PROMPTS:
         return None
-    if all(OUR_LORA.fullmatch(key) for key in shapes):
+    if all(OWN_KEY.fullmatch(key) for key in shapes):
         return "kohya LoRA", told
     if not _any_starts(shapes, LDM):
         return None
@@ -163,12 +150,12 @@ def _of_comfyui(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
 
 
 def _lora(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
-    """told: the family by the file's own recipe, for a model of unusual widths."""
+    """A LoRA on cross-attention. told: the family by its own recipe, for models of other widths."""
     down = re.compile(r"attn2[._]to_k\.(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
     if any(".base_layer." in key for key in shapes):
         return None
     widths = {shape[1] for key, shape in shapes.items() if down.search(key)}
-    family = LORAS.get(widths.pop(), told) if len(widths) == 1 else None
+    family = (of_width(widths.pop()) or told) if len(widths) == 1 else None
     if family is None:
         return None
     kohya = any(key.endswith(".lora_down.weight") for key in shapes)
@@ -184,7 +171,7 @@ def _edm(shapes: Shapes) -> tuple[Layout, str] | None:
 
 
 def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
-    """A UNet that makes 4-channel latents from text; inpainting ones read 9 channels."""
+    """A UNet that makes its family's latents from text; inpainting ones read more channels."""
     own = _without_prefix(shapes)
     contexts = {shape[1] for key, shape in own.items() if key.endswith("attn2.to_k.weight")}
     layout: Layout
@@ -196,8 +183,10 @@ def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
         first, pooled = "input_blocks.0.0.weight", "label_emb.0.0.weight"
     else:
         return None
-    family = UNETS.get((contexts.pop(), pooled in own), told) if len(contexts) == 1 else None
-    if family is None or own.get(first, (0, 0))[1] != 4:
+    family = (of_width(contexts.pop(), pooled in own) or told) if len(contexts) == 1 else None
+    if family is None or family not in TOLD_PROMPTS:
+        return None
+    if own.get(first, (0, 0))[1] != TOLD_PROMPTS[family].latent_channels:
         return None
     return layout, family
 
@@ -212,10 +201,19 @@ def _foreign(shapes: Shapes) -> str:
     return "not a layout that is known here"
 
 
+def _accepted(wanted: Kind | None, ours: str) -> str:
+    checkpoint = (
+        f"an {TITLES} checkpoint or UNet, DMD2's ImageNet-64 generator, or a file written by "
+        "dmd_train"
+    )
+    lora = f"a kohya or PEFT LoRA for {TITLES}, or one {ours}"
+    return {"checkpoint": checkpoint, "LoRA": lora, None: f"{checkpoint}; or {lora}"}[wanted]
+
+
 def _refusal(name: str, what: str, keys: Iterable[str], way_out: str) -> UserError:
     listed = list(keys)
     some = dict.fromkeys([listed[0], listed[len(listed) // 2], listed[-1]])
-    return UserError(f"{name}: {what} (keys such as {', '.join(some)}). {way_out}")
+    return UserError(f"{name}: {what} (keys such as {', '.join(some)}). {way_out}".rstrip())
 
 
 def _any_starts(keys: Iterable[str], *prefixes: str) -> bool:

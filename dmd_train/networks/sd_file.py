@@ -1,4 +1,4 @@
-"""A Stable Diffusion model on disk, one file or a diffusers folder, offline: its parts.
+"""A Stable Diffusion model in one file: its parts.
 
 Every part is read when it is asked for, on the CPU, in eval mode. What is no such model, or one
 whose noise this package does not follow, is refused in one line when it is opened.
@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import safe_open
 
 from ..errors import UserError
-from ..files.read import PICKLES, Shapes, peek, read_weights
-from ..files.write import hash_of
+from ..families import FAMILIES, TITLES, Family
+from ..files.read import Shapes, hash_of, peek, read_weights
 from ..method.noise import Prediction
 from . import sd_layout, text
-from .recognise import LDM, recognise
-from .sd_layout import VAE, Weights
+from .ldm_names import LDM
+from .recognise import recognise
+from .sd_layout import VAE
 from .text import TextEncoder
 
 LAYOUTS = ("LDM single file", "LDM UNet", "diffusers UNet")
 TEXT = ("cond_stage_model.", "conditioner.")
-LATENT_SCALE = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-NATIVE_SIZE = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v": "v", "v_prediction": "v"}
 SPREAD_KEYS = (
     f"{LDM}output_blocks.11.1.transformer_blocks.0.norm1.bias",
@@ -38,7 +36,7 @@ V_SPREAD = 0.09
 ZERO_SNR = "trained with zero terminal SNR"
 OTHER_NOISE = {"ztsnr": ZERO_SNR, "edm_mean": "an EDM model", "edm_vpred.sigma_max": "an EDM model"}
 """A key that marks a file -> what it marks."""
-GIVE = "Give SD 1.x, SD 2.x or SDXL base, as a checkpoint or a diffusers folder."
+GIVE = f"Give {TITLES} base, as a checkpoint or a diffusers folder."
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,18 @@ class SDFile:
     sha256: str
 
     def unet(self) -> UNet2DConditionModel:
-        """In the dtype of the file."""
-        weights = read(self.path, LDM)
+        """The UNet, in the dtype of the file."""
+        weights, _ = read_weights(self.path, LDM)
         if not weights:
-            weights = read(self.path, "")
+            weights, _ = read_weights(self.path)
             if any(key.startswith("output_blocks.") for key in weights):
                 weights = {LDM + key: value for key, value in weights.items()}
         with named(self.path, "UNet"):
             return sd_layout.unet(weights, self.native_size // self.downscale)
 
     def text_encoder(self) -> TextEncoder:
-        """In float32. Raises UserError if the file holds none."""
-        weights = read(self.path, *TEXT)
+        """The text encoder, in float32. Raises UserError if the file holds none."""
+        weights, _ = read_weights(self.path, *TEXT)
         if not weights:
             raise UserError(
                 f"{self.path}: holds no text encoder. "
@@ -73,44 +71,39 @@ class SDFile:
             return text.from_ldm(weights, self.family)
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny | None:
-        """In the dtype of the file; None if it holds none."""
-        weights = read(self.path, VAE)
+        """The VAE, in the dtype of the file; None if it holds none."""
+        weights, _ = read_weights(self.path, VAE)
         if not weights:
             return None
         with named(self.path, "VAE"):
             return sd_layout.vae(weights, self.latent_scale)
 
     @property
+    def row(self) -> Family:
+        """What is known of its family."""
+        return FAMILIES[self.family]
+
+    @property
     def latent_scale(self) -> float:
         """What the VAE's latents are multiplied by for the UNet."""
-        return LATENT_SCALE[self.family]
+        return self.row.latent_scale
 
     @property
     def native_size(self) -> int:
         """Pixels a side that the model was made for."""
-        if self.family == "sd2" and self.prediction == "v":
-            return 768
-        return NATIVE_SIZE[self.family]
+        return self.row.native_size(self.prediction)
 
     @property
     def downscale(self) -> int:
         """Pixels a side that one latent stands for."""
-        return 8
+        return self.row.downscale
 
 
-def open_sd(path: Path, student: bool = False) -> SDFile:
-    """Look at a checkpoint or a pipeline's folder. Raises UserError unless it can be a teacher.
+def open_file(path: Path, student: bool = False) -> SDFile:
+    """A checkpoint that can be a teacher. Raises UserError for what cannot.
 
     student: take what is a student already.
     """
-    if path.is_dir():
-        from .sd_folder import open_folder  # which knows this module
-
-        return open_folder(path)
-    return _open_file(path, student)
-
-
-def _open_file(path: Path, student: bool) -> SDFile:
     shapes, metadata = peek(path)
     if any(re.search(r"lora[_.]", key) for key in shapes):
         raise UserError(f"{path}: a LoRA, which changes a model but is none. {GIVE}")
@@ -124,7 +117,7 @@ def _open_file(path: Path, student: bool) -> SDFile:
             "Give the model that it was distilled from, or one like it."
         )
     if found.layout not in LAYOUTS:
-        raise UserError(f"{path}: {found.summary}. {GIVE}")
+        raise UserError(f"{path}: {found.summary()}. {GIVE}")
     prediction = _prediction(path, shapes, metadata, found.family)
     return SDFile(path, found.family, prediction, found.license, hash_of(path))
 
@@ -139,7 +132,7 @@ def _prediction(path: Path, shapes: Shapes, metadata: dict[str, str], family: st
         return "v"
     for key in SPREAD_KEYS:
         if family == "sd2" and key in shapes:
-            spread = read(path, key)[key].float().std(correction=0).item()
+            spread = read_weights(path, key)[0][key].float().std(correction=0).item()
             return "v" if spread > V_SPREAD else "eps"
     return "eps"
 
@@ -155,16 +148,6 @@ def other_noise(path: Path, what: str) -> UserError:
         f"{path}: {what}, which is not supported yet. "
         "Give a model of Stable Diffusion's own noise schedule, such as SDXL base."
     )
-
-
-def read(path: Path, *prefixes: str) -> Weights:
-    """Only the weights whose names start with one of `prefixes`; the rest is not read."""
-    if path.suffix.lower() in PICKLES:
-        state, _ = read_weights(path)
-        return {key: value for key, value in state.items() if key.startswith(prefixes)}
-    peek(path)  # says what is wrong with the file
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in list(file.keys()) if key.startswith(prefixes)}
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
 from ..errors import UserError
-from ..files.write import hash_of
+from ..families import TOLD_PROMPTS
+from ..files.read import Weights, hash_of, read_weights
 from ..method.noise import TIMESTEPS
 from . import sd_layout, text
-from .sd_file import GIVE, LATENT_SCALE, ZERO_SNR, SDFile, named, other_noise, predicts, read
-from .sd_layout import Weights
+from .sd_file import GIVE, ZERO_SNR, SDFile, named, other_noise, predicts
 from .text import TextEncoder
 
 BETAS = {
@@ -38,18 +38,19 @@ class SDFolder(SDFile):
         return self._model(UNet2DConditionModel, "unet")
 
     def text_encoder(self) -> TextEncoder:
-        names = ["text_encoder"] + ["text_encoder_2"] * (self.family == "sdxl")
+        last = len(self.row.text_encoders) - 1
         parts = []
-        for name in names:
+        for i in range(last + 1):
+            name = f"text_encoder_{i + 1}" if i else "text_encoder"
             config = _config(self.path / name / "config.json")
             weights = _folder_weights(self.path / name)
             tokenizer = self.path / name.replace("text_encoder", "tokenizer")
             if not tokenizer.is_dir():
                 raise UserError(f"{tokenizer}: missing. Download the whole pipeline again.")
             with named(self.path / name, "text encoder"):
-                is_projected = name == "text_encoder_2"
+                is_projected = self.row.pooled and i == last
                 parts.append(text.from_diffusers(config, weights, tokenizer, is_projected))
-        return TextEncoder(parts, penultimate=self.family == "sdxl")
+        return TextEncoder(parts, penultimate=self.row.pooled)
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny | None:
         if not (self.path / "vae").is_dir():
@@ -59,7 +60,7 @@ class SDFolder(SDFile):
 
     @property
     def latent_scale(self) -> float:
-        return float(self._vae_config.get("scaling_factor", LATENT_SCALE[self.family]))
+        return float(self._vae_config.get("scaling_factor", super().latent_scale))
 
     @property
     def native_size(self) -> int:
@@ -90,7 +91,7 @@ class SDFolder(SDFile):
 
 
 def open_folder(path: Path) -> SDFolder:
-    """Raises UserError unless it is a pipeline whose noise and conditions are followed here."""
+    """A pipeline whose noise and conditions are followed here. Raises UserError for any other."""
     for needed in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         if not (path / needed).is_file():
             raise UserError(
@@ -98,13 +99,15 @@ def open_folder(path: Path) -> SDFolder:
                 "Give the folder that holds model_index.json and unet/, or one file."
             )
     unet = _config(path / "unet" / "config.json")
-    if unet.get("in_channels") != 4:
+    added, width = unet.get("addition_embed_type"), unet.get("cross_attention_dim")
+    alike = [family for family in TOLD_PROMPTS.values() if family.pooled == bool(added)]
+    family = next((family for family in alike if family.text_width == width), alike[0])
+    if unet.get("in_channels") != family.latent_channels:
         raise UserError(
             f"{path}: its UNet has {unet.get('in_channels')} input channels, so it is for "
             f"inpainting, editing or another kind of image. {GIVE}"
         )
-    added = unet.get("addition_embed_type")
-    is_refiner = added and unet.get("cross_attention_dim") == 1280
+    is_refiner = added and width == 1280
     if added not in (None, "text_time") or is_refiner or any(map(unet.get, NOT_CONDITIONED)):
         raise UserError(f"{path}: its UNet is told more than a prompt and t. {GIVE}")
 
@@ -116,10 +119,9 @@ def open_folder(path: Path) -> SDFolder:
         if scheduler.get(key) != value:
             raise other_noise(path, f"its scheduler has {key} {scheduler.get(key)}, not {value}")
     prediction = predicts(path, scheduler.get("prediction_type", "epsilon"))
-    by_width = "sd2" if unet.get("cross_attention_dim") == 1024 else "sd1"
     hashes = [hash_of(file) for file in _weight_files(path / "unet")]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return SDFolder(path, "sdxl" if added else by_width, prediction, "unknown", sha256)
+    return SDFolder(path, family.name, prediction, "unknown", sha256)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _folder_weights(folder: Path) -> Weights:
     weights: Weights = {}
     for file in _weight_files(folder):
-        weights |= read(file, "")
+        weights |= read_weights(file)[0]
     return weights
 
 

@@ -1,4 +1,4 @@
-"""From key names and shapes to a diffusers network: the UNets and VAEs of Stable Diffusion.
+"""The UNets and VAEs of Stable Diffusion, as diffusers networks, from key names and shapes.
 
 A file says nothing about how its network is configured, but diffusers' configuration follows from
 what is there: how many blocks, how wide, which with attention. What does not follow is a ValueError
@@ -16,9 +16,9 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .recognise import LDM
-
-Weights = dict[str, Tensor]
+from ..families import FAMILIES
+from ..files.read import Weights
+from .ldm_names import LDM
 
 VAE = "first_stage_model."
 TAESD = "taesd_"
@@ -169,7 +169,7 @@ def _middle_type(weights: Weights, depths: list[int]) -> str | None:
 
 def _heads(cross_attention_dim: int, channels: list[int]) -> int | tuple[int, ...]:
     """diffusers' attention_head_dim, which is the number of heads: 64 channels each since SD 2."""
-    if cross_attention_dim == 768:
+    if cross_attention_dim == FAMILIES["sd1"].text_width:
         return 8
     if any(width % 64 for width in channels):
         raise ValueError(f"its channels {channels} do not make heads of 64")

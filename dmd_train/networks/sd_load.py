@@ -6,14 +6,22 @@ import torch
 
 from ..config import load_config
 from ..errors import UserError
-from ..files.read import peek, read_weights
-from ..files.write import hash_of
-from ..method.adapters import merge_lora
-from . import Loaded
+from ..files.read import hash_of, peek, read_weights
+from ..method.lora import merge_lora
+from .loaded import Loaded
 from .recognise import Found
-from .sd_file import open_sd
+from .sd_file import SDFile, open_file
+from .sd_folder import open_folder
 from .stable_diffusion import stable_diffusion
 from .taesd import taesd
+
+
+def open_sd(path: Path, student: bool = False) -> SDFile:
+    """A checkpoint or a pipeline's folder. Raises UserError unless it can be a teacher.
+
+    student: take what is a student already.
+    """
+    return open_folder(path) if path.is_dir() else open_file(path, student)
 
 
 def load_sd_teacher(
@@ -24,7 +32,7 @@ def load_sd_teacher(
     decoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Loaded:
-    """half, resolution, dtype: see `stable_diffusion`. decoder: a TAESD in place of the VAE."""
+    """A teacher. half, resolution, dtype: see `stable_diffusion`. decoder: a TAESD for the VAE."""
     file = open_sd(path)
     text = file.text_encoder()
     network = stable_diffusion(file, text, device, half, resolution, dtype)
@@ -34,7 +42,7 @@ def load_sd_teacher(
 
 
 def load_sd_student(path: Path, found: Found, base: Path | None, device: torch.device) -> Loaded:
-    """LoRA, UNet or checkpoint, with what it lacks from `base`."""
+    """A LoRA, UNet or checkpoint, with what it lacks from `base`."""
     if base is None:
         base = path if found.text_encoder else _base_of(path, found)
     file, own = open_sd(base, student=base == path), peek(path)[1]

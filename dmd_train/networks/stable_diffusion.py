@@ -6,15 +6,12 @@ from torch import Tensor, autocast
 from torch.nn import Module
 
 from ..errors import UserError
-from ..method.adapters import UNET_LAYERS
+from ..families import FAMILIES
 from ..method.network import Condition, Network
 from ..method.noise import VP, Prediction, x0_from
-from .ldm_names import unet_names
+from .ldm_names import LDM, unet_names
 from .sd_file import SDFile
 from .text import TextEncoder
-
-UNET = "model.diffusion_model."
-"""What LDM puts before the names of the UNet's weights."""
 
 
 class StableDiffusion(Network):
@@ -26,8 +23,8 @@ class StableDiffusion(Network):
     """
 
     module: UNet2DConditionModel
+    decoder: AutoencoderKL | AutoencoderTiny | None
     file_dtype = torch.float16
-    lora_targets = UNET_LAYERS
 
     def __init__(
         self,
@@ -49,6 +46,8 @@ class StableDiffusion(Network):
         self.decoder = Module.float(decoder.requires_grad_(False)) if decoder else None
         self.latent_scale, self.downscale = latent_scale, downscale
         self.noise = VP.scaled_linear()
+        self.lora_targets = FAMILIES[family].lora_layers
+        self.lora_metadata = FAMILIES[family].lora_metadata
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = None
@@ -69,13 +68,12 @@ class StableDiffusion(Network):
 
     @torch.no_grad()
     def to_images(self, x0: Tensor) -> Tensor:
-        """One at a time, by the decoder; without one, the first three channels as colours."""
+        """Pictures, one at a time, by the decoder; without one, three channels as colours."""
         if self.decoder is None:
             return (x0[:, :3] / 3).clamp(-1, 1)
         return torch.cat([self.decode(x[None]) for x in x0])
 
     def decode(self, x0: Tensor) -> Tensor:
-        """With gradient. (B, 4, h, w) -> (B, 3, H, W), about -1..1."""
         assert self.decoder and self.latent_scale
         self.decoder.to(x0.device)
         # AutoencoderTiny was made for latents of unit scale
@@ -89,19 +87,19 @@ class StableDiffusion(Network):
             Module.to(self.module, torch.bfloat16)
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """By their names in a single file, which ComfyUI reads for any size of UNet."""
+        """Weights by their names in a single file, which ComfyUI reads for any size of UNet."""
         return self.ldm_tensors(self.module.state_dict())
 
     def ldm_tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights under diffusers' names -> under those of a single file."""
         names = unet_names(weights, self.module.config)
-        return {UNET + names[key]: value for key, value in weights.items()}
+        return {LDM + names[key]: value for key, value in weights.items()}
 
     def load_ldm_tensors(self, tensors: dict[str, Tensor], file: str) -> None:
-        """The inverse, in float32. Raises UserError if they are of another UNet."""
+        """The inverse, into the module, in float32. Raises UserError for those of another UNet."""
         own = self.module.state_dict()
         names = unet_names(own, self.module.config).items()
-        weights = {k: tensors[UNET + name].float() for k, name in names if UNET + name in tensors}
+        weights = {k: tensors[LDM + name].float() for k, name in names if LDM + name in tensors}
         if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
             raise UserError(f"{file}: its UNet does not fit the base model. Give its own --base.")
         self.module.load_state_dict(weights)
@@ -125,7 +123,7 @@ def stable_diffusion(
         Module.to(file.unet(), dtype=dtype).to(device),
         family=file.family,
         prediction=file.prediction,
-        shape=(4, size, size),
+        shape=(file.row.latent_channels, size, size),
         license=file.license,
         empty=empty,
         half=half,

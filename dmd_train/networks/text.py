@@ -28,8 +28,10 @@ from transformers import (
 )
 from typing_extensions import Self
 
+from ..families import FAMILIES
+from ..files.read import Weights
 from ..method.network import Condition
-from .sd_layout import Weights, count, fit
+from .sd_layout import count, fit
 
 LENGTH = 77
 HEAD_CHANNELS = 64
@@ -51,7 +53,7 @@ class Part(NamedTuple):
 
 
 class TextEncoder:
-    """In float32 on the CPU until told otherwise; frozen.
+    """CLIP text models side by side, in float32 on the CPU until told otherwise; frozen.
 
     penultimate: read the last hidden state but one, without the final norm (SDXL).
     """
@@ -104,15 +106,14 @@ def _ids(part: Part, prompts: list[str], device: torch.device) -> Tensor:
 
 def from_ldm(weights: Weights, family: str) -> TextEncoder:
     """The text encoder of `cond_stage_model.*` or `conditioner.*`. Raises ValueError."""
-    match family:
-        case "sd1":
-            return TextEncoder([_openai(weights, "cond_stage_model.transformer.")], False)
-        case "sd2":
-            return TextEncoder([_open_clip(weights, "cond_stage_model.model.", False)], False)
-        case _:
-            large = _openai(weights, "conditioner.embedders.0.transformer.")
-            big = _open_clip(weights, "conditioner.embedders.1.model.", True)
-            return TextEncoder([large, big], True)
+    row, parts = FAMILIES[family], []
+    for i, kind in enumerate(row.text_encoders):
+        prefix = f"conditioner.embedders.{i}." if row.pooled else "cond_stage_model."
+        if kind == "openai":
+            parts.append(_openai(weights, f"{prefix}transformer."))
+        else:
+            parts.append(_open_clip(weights, f"{prefix}model.", row.pooled))
+    return TextEncoder(parts, penultimate=row.pooled)
 
 
 def from_diffusers(
@@ -158,7 +159,7 @@ def _open_clip(weights: Weights, prefix: str, projected: bool) -> Part:
 
 
 def _config(weights: Weights, activation: str) -> CLIPTextConfig:
-    """From shapes, under transformers' names with or without `text_model.`."""
+    """CLIP's, from shapes, under transformers' names with or without `text_model.`."""
     own = {key.removeprefix("text_model."): value for key, value in weights.items()}
     for key in ("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"):
         if key not in own:
@@ -181,7 +182,7 @@ def _config(weights: Weights, activation: str) -> CLIPTextConfig:
 
 
 def _model(config: CLIPTextConfig, weights: Weights, projected: bool) -> nn.Module:
-    """Exactly these weights, in float32. transformers 5 has dropped the prefix `text_model.`."""
+    """A model of exactly these weights, in float32. transformers 5 dropped their `text_model.`."""
     own = {
         key.removeprefix("text_model."): value.float()
         for key, value in weights.items()
@@ -207,7 +208,7 @@ def shipped_tokens(prompts: list[str]) -> list[list[int]]:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    """As transformers sets up CLIP's tokenizer."""
+    """CLIP's, as transformers sets it up."""
     merges = [(first, second) for first, second in map(str.split, _merge_lines())]
     tokenizer = Tokenizer(
         BPE(

@@ -6,15 +6,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import networks
 from ..config import load_config
 from ..errors import UserError
 from ..files.read import read_weights
 from ..method.adapters import Adapted, Adapters
 from ..method.network import Network
+from ..networks.ldm_names import LDM
+from ..networks.load import load_teacher
+from ..networks.loaded import one_step_recipe
 from ..networks.stable_diffusion import StableDiffusion
 from .folder import newest_checkpoint
-from .student import one_step_recipe, write_weights
+from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
 FOLDERS: dict[Form, str] = {
@@ -47,7 +49,7 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
             f"{config.teacher}: a folder, not a single file, so there is no checkpoint to put the "
             "student into. Use --as unet, with the folder's text encoder and VAE beside it."
         )
-    loaded = networks.load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
+    loaded = load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
     network = loaded.network
     if not isinstance(network, StableDiffusion):
         raise UserError(
@@ -96,5 +98,5 @@ def _student_weights(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
 def _rest_of_teacher(teacher: Path) -> dict[str, Tensor]:
     """Text encoders and VAE of a single file, under their names there."""
     tensors, _ = read_weights(teacher)
-    dropped = ("model.diffusion_model.", "model_ema.")
+    dropped = (LDM, "model_ema.")
     return {key: value for key, value in tensors.items() if not key.startswith(dropped)}

@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from ..config import Config, dump_config, load_config
 from ..errors import UserError
-from ..files.write import read_safetensors, write_safetensors, write_text
+from ..files.read import read_safetensors
+from ..files.write import write_safetensors, write_text
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it should the newest be damaged."""

@@ -15,7 +15,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from .. import networks
 from ..config import DIGITS, Config, load_config, make_config, parse_overrides
 from ..data.conditions import Classes
 from ..distil import distil
@@ -24,7 +23,8 @@ from ..files.write import write_atomically, write_latent
 from ..method.network import Condition
 from ..method.processes import Processes
 from ..method.sample import draw, step_noise
-from ..networks import Loaded
+from ..networks.load import load, load_teacher, save
+from ..networks.loaded import Loaded
 from ..plan import measure
 from ..prepare import carried_out, make_conditions, make_run_pairs, prepare, require_possible
 from ..run.folder import RunFolder
@@ -64,7 +64,7 @@ def demo(set_: SetOption = None) -> None:
     config = make_config(settings | parse_overrides(set_ or []), "demo")
     with _opened(config) as (run, processes):
         _train(run, processes, again=f"{PYTHON} -m dmd_train demo")
-        student = networks.load(str(run.student), config.device_object())
+        student = load(str(run.student), config.device_object())
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         console.print(f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*"))))
@@ -185,7 +185,7 @@ def sample(
     """
     if out.suffix not in (".png", ".npy", ".latent", ""):
         raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
-    loaded = networks.load(str(file), torch.device("cpu"), base)
+    loaded = load(str(file), torch.device("cpu"), base)
     network = loaded.network
     if out.suffix == ".latent" and network.latent_scale is None:
         raise UserError(f"--out {out}: {network.family} models draw pixels, not latents.")
@@ -239,7 +239,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the fresh samples.")] = 0,
 ) -> None:
     """Measure a file on 2,000 fresh samples: distance to the data, diversity, speed."""
-    _evaluate(networks.load(str(file), torch.device("cpu")), seed)
+    _evaluate(load(str(file), torch.device("cpu")), seed)
 
 
 @teacher_app.command()
@@ -258,7 +258,7 @@ def digits(
         task = progress.add_task("teacher", total=steps, note="")
         for step in train_digits_teacher(teacher, steps, seed):
             progress.update(task, completed=step)
-    networks.save(out, teacher)
+    save(out, teacher)
     console.print(str(out), soft_wrap=True)
 
 
@@ -283,7 +283,7 @@ def _set_threads(config: Config) -> None:
 
 def _teacher(config: Config, processes: Processes) -> Loaded:
     with console.status("teacher"):
-        return networks.load_teacher(config, processes.device)
+        return load_teacher(config, processes.device)
 
 
 def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
@@ -313,7 +313,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
             f"{loaded.source}: there is no data here to compare family '{loaded.network.family}' "
             "with. Only digits can be evaluated."
         )
-    columns = {"teacher": networks.load(DIGITS, loaded.network.device)}
+    columns = {"teacher": load(DIGITS, loaded.network.device)}
     if loaded.sha256 != columns["teacher"].sha256:
         columns["student" if loaded.recipe else "file"] = loaded
     numbers = {}
@@ -329,7 +329,7 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
 
 def _contact_sheet(student: Loaded, run: RunFolder) -> Image.Image:
     assert student.recipe
-    teacher = networks.load(run.config.teacher, student.network.device).network
+    teacher = load(run.config.teacher, student.network.device).network
     assert teacher.classes
     classes = Classes(teacher.classes)
     sheet = SampleSheet(teacher, student.recipe, classes, run.config, count=4 * teacher.classes)

@@ -17,8 +17,8 @@ from kit.comfy_page import ARTEFACTS, ComfyPage, opened
 from PIL import Image, ImageStat
 from playwright.sync_api import Browser
 
-from dmd_train import networks
 from dmd_train.networks.edm import EDMNetwork
+from dmd_train.networks.load import load
 from dmd_train.run.folder import newest_checkpoint
 from dmd_train.run.metrics import SamplerNumbers, measure_digits
 
@@ -121,7 +121,7 @@ def test_while_it_runs_the_node_says_how_far_it_is_and_shows_pictures(trained: T
 
 def test_the_student_from_the_page_is_as_good_as_the_headless_one(trained: Trained) -> None:
     assert trained.run.parent == trained.page.server.base / "output/dmd_runs"
-    loaded = networks.load(str(trained.run / "student.safetensors"), torch.device("cpu"))
+    loaded = load(str(trained.run / "student.safetensors"), torch.device("cpu"))
     assert isinstance(loaded.network, EDMNetwork)
     numbers: SamplerNumbers = measure_digits(
         loaded.network, loaded.recipe, 0, lambda completed: None

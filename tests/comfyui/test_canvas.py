@@ -30,7 +30,8 @@ from torch import Tensor
 
 from dmd_train.method.network import Condition
 from dmd_train.method.noise import Flow, per_sample
-from dmd_train.networks import load, sd_file
+from dmd_train.networks.load import load
+from dmd_train.networks.sd_load import open_sd
 from dmd_train.networks.stable_diffusion import StableDiffusion
 
 EXACT = 2e-5
@@ -129,7 +130,7 @@ def test_sd_2_is_distilled_at_the_size_that_its_kind_was_made_for(
     empty = graph.add("DMD_EmptyLatent", model=loaded, width=0, height=0, batch_size=1)
     (latent,) = sample(server, graph, empty)
     assert latent.shape == (1, 4, side // 8, side // 8)
-    headless = sd_file.open_sd(server.base / "models/checkpoints" / f"{make.__name__}.safetensors")
+    headless = open_sd(server.base / "models/checkpoints" / f"{make.__name__}.safetensors")
     assert headless.native_size == side
 
 

@@ -23,9 +23,10 @@ from kit.published import kohya, lora_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dmd_train import networks
-from dmd_train.method.adapters import UNET_LAYERS, kohya_name
+from dmd_train.families import UNET_LAYERS
+from dmd_train.method.lora import kohya_name
 from dmd_train.networks.ldm_names import unet_names
+from dmd_train.networks.load import load
 from dmd_train.terminal import commands as cli
 
 DIGITS = "dmd_students/digits-teacher.safetensors"
@@ -252,7 +253,7 @@ def sd15(server: Server) -> str:
     name = put(server, partial(tiny_sd15, clip=True), "sd15-clip.safetensors")
     encodings = server.base / "input/sd15-prompts.safetensors"
     if not encodings.exists():
-        text = networks.load(str(server.base / "models/checkpoints" / name), torch.device("cpu"))
+        text = load(str(server.base / "models/checkpoints" / name), torch.device("cpu"))
         assert text.text
         encoded = {k: v.half() for k, v in text.text.encode([*PROMPTS, ""]).items()}
         save_file(encoded, encodings, {"prompts": yaml.safe_dump([*PROMPTS, ""])})
@@ -728,4 +729,4 @@ def test_a_run_of_a_patched_model_is_continued_with_that_model_and_no_other(
     last_state(run).unlink()
     with pytest.raises(SystemExit):
         cli.main(["train", str(run / "run.yaml")])
-    assert "Go on there, with DMD Continue Run." in capfd.readouterr().err
+    assert "Go on with the run there." in capfd.readouterr().err

@@ -16,11 +16,11 @@ from kit.comfy_host import PACK, Server
 from kit.graphs import NO_NOISE, Graph, Node, by_diffusers, error, noise, put, sample, unet_of
 from torch import Tensor
 
-from dmd_train import networks
 from dmd_train.method.sample import sample_heun, sample_student
-from dmd_train.networks import DIGITS_TEACHER
 from dmd_train.networks.digits import CLASSES
-from dmd_train.networks.published import PRESETS
+from dmd_train.networks.load import DIGITS_TEACHER
+from dmd_train.networks.load import load as from_disk
+from dmd_train.networks.published import RECIPES
 
 TINY = {"sd15": tiny_sd15, "sd2v": tiny_sd2_v, "sdxl": tiny_sdxl}
 EXACT = 1e-4
@@ -58,7 +58,7 @@ def by_lcm_scheduler(
 def test_stock_ksampler_our_sampler_and_our_sockets_make_what_lcm_scheduler_makes(
     server: Server, family: str, recipe: str
 ) -> None:
-    graph, timesteps = Graph(), PRESETS[recipe].timesteps
+    graph, timesteps = Graph(), RECIPES[recipe].timesteps
     text, empty = graph.condition(family), graph.empty()
     model = graph.model_sampling(load(server, graph, family), recipe)
     between, *sampled = sample(
@@ -76,7 +76,7 @@ def test_stock_ksampler_our_sampler_and_our_sockets_make_what_lcm_scheduler_make
 
 def test_three_uneven_steps_are_exact_in_our_sampler_and_our_sockets(server: Server) -> None:
     """Not in KSampler: none of its schedules gives 999, 749, 499."""
-    graph, timesteps = Graph(), PRESETS["SDXL, 3 steps"].timesteps
+    graph, timesteps = Graph(), RECIPES["SDXL, 3 steps"].timesteps
     text, empty = graph.condition("sdxl"), graph.empty()
     model = graph.model_sampling(load(server, graph, "sdxl"), "SDXL, 3 steps")
     between, *sampled = sample(
@@ -177,7 +177,7 @@ def test_the_digits_student_makes_what_the_engine_makes_of_the_same_noise(server
         graph.ksampler(model, classes, empty, sampler="dpmpp_2m", scheduler="karras"),
         graph.sampler_custom(sockets[0], sockets[1], sockets[2], classes, empty),
     )
-    loaded = networks.load(str(PACK / "students/digits-one-step.safetensors"), CPU)
+    loaded = from_disk(str(PACK / "students/digits-one-step.safetensors"), CPU)
     assert loaded.recipe
     with torch.no_grad():
         expected = sample_student(
@@ -203,7 +203,7 @@ def test_an_imagenet_64_generator_makes_what_the_engine_makes_of_the_same_noise(
         graph.one_step(model, classes, 0, 0, 3),
         graph.ksampler(model, classes, empty, sampler="euler"),
     )
-    loaded = networks.load(str(server.base / "models/checkpoints" / name), CPU)
+    loaded = from_disk(str(server.base / "models/checkpoints" / name), CPU)
     assert loaded.recipe
     with torch.no_grad():
         expected = sample_student(loaded.network, loaded.recipe, labelled(3), [noise(3, 3, 64, 64)])
@@ -225,7 +225,7 @@ def test_stock_heun_on_the_digits_teacher_is_the_engines_heun(server: Server) ->
         graph,
         graph.ksampler(model, classes, empty, steps=18, sampler="heun", scheduler="karras"),
     )
-    teacher = networks.load(str(DIGITS_TEACHER), CPU).network
+    teacher = from_disk(str(DIGITS_TEACHER), CPU).network
     expected = sample_heun(teacher, noise(CLASSES, 1, 8, 8), labelled(CLASSES), steps=18)
     assert error(sampled, expected) <= EXACT_EDM
 
@@ -244,7 +244,7 @@ def test_our_sampler_calls_the_network_once_a_step_and_never_for_guidance(
     model = graph.model_sampling(load(server, graph, "sdxl"), recipe)
     watched = graph.add("Probe_Watch", model=model, name=f"ours {recipe}", seconds=0.0)
     latent = graph.one_step(watched, graph.condition("sdxl"), batch=2)
-    assert calls(server, graph, f"ours {recipe}", latent) == PRESETS[recipe].nfe
+    assert calls(server, graph, f"ours {recipe}", latent) == RECIPES[recipe].nfe
 
 
 def test_stock_ksampler_calls_a_one_step_student_once(server: Server) -> None:

@@ -36,11 +36,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd_train import networks
-from dmd_train.method.adapters import kohya_name
+from dmd_train.families import UNET_LAYERS
+from dmd_train.method.lora import kohya_name
 from dmd_train.method.recipe import Recipe
 from dmd_train.networks.ldm_names import unet_names
-from dmd_train.networks.stable_diffusion import StableDiffusion
+from dmd_train.networks.load import load
 from dmd_train.terminal.commands import main
 
 EXACT = 1e-4
@@ -146,7 +146,7 @@ class Run:
             with safe_open(self.teacher, "pt") as file:
                 metadata = file.metadata() | {"modelspec.license": LICENSE}
             save_file(load_file(self.teacher), self.teacher, metadata)
-        loaded = networks.load(str(self.teacher), CPU)
+        loaded = load(str(self.teacher), CPU)
         network: Any = loaded.network
         assert loaded.text
         condition = loaded.text.encode([PROMPT])
@@ -356,11 +356,7 @@ def test_comfyui_has_both_our_names_of_every_weight_of_a_full_size_unet_in_its_t
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_diffusers_finds_every_layer_of_a_full_size_lora(name: str) -> None:
     unet = full_size(name)
-    layers = [
-        layer
-        for layer, _ in unet.named_modules()
-        if re.fullmatch(StableDiffusion.lora_targets, layer)
-    ]
+    layers = [layer for layer, _ in unet.named_modules() if re.fullmatch(UNET_LAYERS, layer)]
     assert len(layers) > 200
     file = {
         f"{kohya_name(layer)}.{part}": torch.ones(())
@@ -655,7 +651,7 @@ def test_a_full_clip_says_of_three_prompts_what_our_text_encoder_says(
     theirs = torch.cat(
         [load_file(server.base / f"output/clip-{i}.safetensors")["text"] for i in range(3)]
     )
-    encoder = networks.load(str(path), CPU).text
+    encoder = load(str(path), CPU).text
     path.unlink()
     assert encoder
     ours = encoder.encode(list(PROMPTS))["text"]

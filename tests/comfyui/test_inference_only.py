@@ -10,8 +10,8 @@ from kit.adm import adm_state
 from kit.comfy_host import PACK, PACK_NAME, PROBE_NODES, PromptFailed, Server
 from kit.graphs import Graph, error, models, noise, sample
 
-from dmd_train import networks
 from dmd_train.method.sample import sample_student
+from dmd_train.networks.load import load
 
 HIDDEN_EXTRAS = PROBE_NODES.with_name("hidden_extras")
 NODES = {
@@ -48,7 +48,7 @@ def test_the_digits_student_samples_without_the_training_extras(bare: Server) ->
     decoded = graph.add("VAEDecode", samples=latent, vae=model[2])
     picture = graph.add("SaveImage", images=decoded, filename_prefix="digits")
     (sampled,) = sample(bare, graph, latent)
-    loaded = networks.load(str(PACK / "students/digits-one-step.safetensors"), torch.device("cpu"))
+    loaded = load(str(PACK / "students/digits-one-step.safetensors"), torch.device("cpu"))
     assert loaded.recipe
     with torch.no_grad():
         expected = sample_student(

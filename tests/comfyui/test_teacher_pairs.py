@@ -18,11 +18,10 @@ from kit.published import kohya, lora_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dmd_train import networks
 from dmd_train.data.pairs import PairBatch, StoredPairs
 from dmd_train.files.shards import ORIGIN_KEY, Shards
 from dmd_train.method.sample import sample_heun
-from dmd_train.networks import DIGITS_TEACHER
+from dmd_train.networks.load import DIGITS_TEACHER, load
 
 CPU = torch.device("cpu")
 HALF = 5e-4
@@ -149,7 +148,7 @@ def test_different_prompts_of_one_length_are_drawn_at_once(server: Server) -> No
 def test_pairs_of_some_classes_are_the_engines_own_heun_on_the_same_noise_and_labels(
     server: Server,
 ) -> None:
-    graph, teacher = Graph(), networks.load(str(DIGITS_TEACHER), CPU).network
+    graph, teacher = Graph(), load(str(DIGITS_TEACHER), CPU).network
     how = {"steps": 18, "sampler_name": "heun", "count": 30, "batch_size": 7}
     made = read(run(server, graph, digits(graph, "3, 7", **how)))
     labels = torch.tensor([3, 7])[made.row]

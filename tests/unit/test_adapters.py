@@ -260,6 +260,20 @@ def test_merging_a_lora_file_or_the_adapter_gives_what_the_adapter_gives() -> No
         assert relative(tiny_sd().predict_x0(*inputs()), expected) > 0.01
 
 
+@pytest.mark.parametrize("prefix", ["", "unet.", "base_model.model."])
+def test_a_lora_in_pefts_names_merges_as_one_in_kohyas_without_alpha(prefix: str) -> None:
+    adapters = adapters_of(tiny_sd())
+    kohya, peft, untouched = tiny_sd(), tiny_sd(), tiny_sd().module.state_dict()
+    tensors = adapters.file_tensors("student").items()
+    merge_lora(kohya.module, {k: v for k, v in tensors if not k.endswith(".alpha")}, "x")
+    own = adapters.parameters("student").items()
+    merge_lora(peft.module, {prefix + key: value for key, value in own}, "x")
+    for key, value in peft.module.state_dict().items():
+        assert torch.equal(value, kohya.module.state_dict()[key])
+    changed = [k for k, v in peft.module.state_dict().items() if not v.equal(untouched[k])]
+    assert len(changed) == len(adapters.layers)
+
+
 def test_a_lora_of_another_model_is_refused_by_the_name_of_its_layer() -> None:
     tensors = adapters_of(tiny_sd("sdxl", width=32)).file_tensors("student")
     with pytest.raises(UserError, match=r"^lora\.safetensors: its layer lora_unet_.* none of"):

@@ -1,6 +1,7 @@
 """Bad input is one line that names the file, the value and the way out; exit code 2."""
 
 import errno
+import os
 import pickle
 import resource
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 
 from dmd_train.config import load_config
 from dmd_train.errors import UserError
-from dmd_train.files.write import read_safetensors, write_atomically, write_safetensors
-from dmd_train.networks import DIGITS_TEACHER
+from dmd_train.files.read import read_safetensors
+from dmd_train.files.write import write_atomically, write_safetensors, write_text
+from dmd_train.networks.load import DIGITS_TEACHER
 from dmd_train.run.folder import RunFolder
 
 Command = Callable
@@ -195,7 +197,7 @@ def test_a_non_finite_loss_stops_the_run_names_the_network_and_keeps_the_last_ch
     refused(outcome, tmp_path / "run", " step ", "learning_rate")
     assert "student: " in outcome.err or "critic: " in outcome.err
     for file in (tmp_path / "run/checkpoints").glob("*"):
-        from dmd_train.files.write import read_safetensors
+        from dmd_train.files.read import read_safetensors
 
         assert all(tensor.isfinite().all() for tensor in read_safetensors(file)[0].values())
 
@@ -228,6 +230,24 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
     assert "\n" not in message
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_file_has_the_permissions_of_any_new_file_and_no_umask_is_set_for_it(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "any").touch()
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            write_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {})
+            write_text(tmp_path / "x.txt", "x")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes.keys() == {"any", "x.safetensors", "x.txt"}
+    assert set(modes.values()) == {modes["any"]}
 
 
 def test_safetensors_own_error_about_a_full_disk_is_one_line_too(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import torch
 from kit.tiny import edm_mlp, labels
 from torch import Tensor
 
-from dmd_train import networks
 from dmd_train.errors import UserError
-from dmd_train.files.write import read_safetensors, write_safetensors
+from dmd_train.files.read import read_safetensors
+from dmd_train.files.write import write_safetensors
 from dmd_train.method.network import NETWORK_KEY
 from dmd_train.method.noise import EDM
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.networks.edm_unet import edm_unet
+from dmd_train.networks.load import load, save
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -100,8 +101,8 @@ def test_shape_and_license_are_those_of_the_unet() -> None:
 
 def test_a_saved_unet_loads_with_bit_identical_outputs(tmp_path: Path) -> None:
     network, path = small_unet(), tmp_path / "teacher.safetensors"
-    networks.save(path, network)
-    loaded = networks.load(str(path), CPU)
+    save(path, network)
+    loaded = load(str(path), CPU)
     assert torch.equal(answer(loaded.network), answer(network))
     assert loaded.recipe is None
     assert not loaded.network.module.training
@@ -125,8 +126,8 @@ def test_a_copy_answers_the_same_and_learns_alone() -> None:
 def test_dropout_of_a_unet_is_off_after_loading(tmp_path: Path) -> None:
     network = small_unet(dropout=0.5)
     network.module.train()
-    networks.save(tmp_path / "teacher.safetensors", network)
-    loaded = networks.load(str(tmp_path / "teacher.safetensors"), CPU).network
+    save(tmp_path / "teacher.safetensors", network)
+    loaded = load(str(tmp_path / "teacher.safetensors"), CPU).network
     assert torch.equal(answer(loaded), answer(loaded))
 
 
@@ -134,7 +135,7 @@ def test_the_embedded_digits_denoise_better_than_no_network_would() -> None:
     """At every noise level, against the best constant and against the noised image itself."""
     from dmd_train.networks.digits import digits
 
-    network, data = networks.load("digits", CPU).network, digits()
+    network, data = load("digits", CPU).network, digits()
     x0, condition = data.image[:500], {"label": data.label[:500]}
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     for t in (200, 400, 600, 800):
@@ -148,17 +149,17 @@ def test_the_embedded_digits_denoise_better_than_no_network_would() -> None:
 
 def test_a_family_of_a_later_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "later.safetensors"
-    networks.save(path, edm_mlp())
+    save(path, edm_mlp())
     with pytest.raises(UserError, match="family 'tiny' is not known"):
-        networks.load(str(path), CPU)
+        load(str(path), CPU)
 
 
 def test_weights_that_do_not_fit_the_network_are_refused(tmp_path: Path) -> None:
     network, path = small_unet(), tmp_path / "teacher.safetensors"
-    networks.save(path, network)
+    save(path, network)
     tensors, metadata = read_safetensors(path)
     assert NETWORK_KEY in metadata
     tensors.pop("conv_in.weight")
     write_safetensors(path, tensors, metadata)
     with pytest.raises(UserError, match="do not fit"):
-        networks.load(str(path), CPU)
+        load(str(path), CPU)

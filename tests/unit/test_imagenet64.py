@@ -7,10 +7,10 @@ import torch
 from kit.adm import adm_denoiser, adm_state
 from torch import Tensor
 
-from dmd_train import networks
 from dmd_train.errors import UserError
 from dmd_train.networks.edm import EDMNetwork
 from dmd_train.networks.imagenet64 import imagenet64_network
+from dmd_train.networks.load import load, save
 
 CLASSES = 7
 SIZES = {
@@ -96,8 +96,8 @@ def test_every_parameter_can_be_trained_and_is_contiguous() -> None:
 
 def test_the_loaded_network_can_be_saved_and_loaded_as_our_own(tmp_path: Path) -> None:
     network = imagenet64_network(small(), "x.bin", "CC")
-    networks.save(tmp_path / "a.safetensors", network)
-    again = networks.load(str(tmp_path / "a.safetensors"), torch.device("cpu")).network
+    save(tmp_path / "a.safetensors", network)
+    again = load(str(tmp_path / "a.safetensors"), torch.device("cpu")).network
     x_t, label = inputs(network, torch.float32)
     condition = {"label": label}
     with torch.no_grad():

@@ -15,12 +15,12 @@ import yaml
 from torch import Tensor
 from unit.conftest import Command
 
-from dmd_train import networks
 from dmd_train.method.network import Condition
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.sample import sample_student, sample_teacher
 from dmd_train.method.seeding import generator, randn
-from dmd_train.networks import Loaded
+from dmd_train.networks.load import load
+from dmd_train.networks.loaded import Loaded
 from dmd_train.run.metrics import frechet_distance
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -90,7 +90,7 @@ def in_parts(draw: Callable[[Tensor, Condition], Tensor], z: Tensor, text: Tenso
 
 @pytest.fixture(scope="module")
 def teacher() -> Loaded:
-    return networks.load(str(TEACHER), CPU)
+    return load(str(TEACHER), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_some_dozen_steps_cut_the_distance_to_the_guided_teacher_tenfold(
     Path("run.yaml").write_text(yaml.safe_dump(RUN | WAYS[way] | {"output": "run"}))
     done = dmd("train", "run.yaml")
     assert done.code == 0, done.err
-    student = networks.load("run/student.safetensors", CPU)
+    student = load("run/student.safetensors", CPU)
     assert student.recipe
     before = distance(teacher, student.recipe, held)
     after = distance(student, student.recipe, held)

@@ -8,7 +8,6 @@ import torch
 from kit.tiny import Exact, Recorded, config, constant, drawn, edm_mlp, gaussian, labels
 from torch import Tensor, nn
 
-from dmd_train import networks
 from dmd_train.method.network import guided_x0
 from dmd_train.method.noise import EDM, VP, Flow, Noise
 from dmd_train.method.objectives import (
@@ -19,6 +18,7 @@ from dmd_train.method.objectives import (
     with_gradient,
 )
 from dmd_train.networks.edm import EDMNetwork
+from dmd_train.networks.load import load
 from dmd_train.prepare import regression_distance
 
 CPU = torch.device("cpu")
@@ -343,7 +343,7 @@ def paper_denoiser(raw: nn.Module, x: Tensor, t: Tensor, label: Tensor, sigma_d:
 
 def digits_trio() -> tuple[EDMNetwork, EDMNetwork, EDMNetwork]:
     """The embedded teacher, and a critic and a student that have gone a little their own ways."""
-    teacher = networks.load("digits", CPU).network
+    teacher = load("digits", CPU).network
     critic, student = teacher.copy(), teacher.copy()
     for network, seed in ((critic, 1), (student, 2)):
         source = gen(seed)

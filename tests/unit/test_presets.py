@@ -5,11 +5,10 @@ from kit.tiny import constant
 
 from dmd_train.config import Config, make_config
 from dmd_train.errors import UserError
-from dmd_train.networks import Loaded
+from dmd_train.families import FAMILIES
+from dmd_train.networks.loaded import Loaded
 from dmd_train.prepare import require_possible
 from dmd_train.presets import PRESETS, presets_for
-
-FAMILIES = {family for preset in PRESETS.values() for family in preset.families}
 
 
 def model_of(family: str) -> Loaded:
@@ -28,6 +27,11 @@ def test_every_family_has_a_preset_that_a_run_accepts(family: str) -> None:
         require_possible(of_preset(name), model_of(family))
     assert presets_for(family)
     assert (presets_for(family) == ["any-one-step-lora"]) == (family not in FAMILIES)
+
+
+def test_only_one_preset_is_no_familys() -> None:
+    named = {name for family in FAMILIES.values() for name in family.presets}
+    assert PRESETS.keys() - named == {"any-one-step-lora"}
 
 
 def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:

@@ -8,12 +8,13 @@ import torch
 from kit.tiny import config, recipe
 from pydantic import ValidationError
 
-from dmd_train import networks
 from dmd_train.errors import UserError
-from dmd_train.files.write import read_safetensors
+from dmd_train.files.read import read_safetensors
 from dmd_train.method.recipe import RECIPE_KEY, Recipe, read_recipe
 from dmd_train.networks.edm_unet import edm_unet
-from dmd_train.run.student import one_step_recipe, write_student
+from dmd_train.networks.load import load
+from dmd_train.networks.loaded import one_step_recipe
+from dmd_train.run.student import write_student
 
 CPU = torch.device("cpu")
 FOUR = (999, 749, 499, 249)
@@ -36,17 +37,17 @@ def test_a_recipe_read_from_its_own_metadata_is_the_same_recipe(plan: Recipe) ->
 
 
 def test_a_recipe_survives_the_file_itself(tmp_path: Path) -> None:
-    teacher = networks.load("digits", CPU)
+    teacher = load("digits", CPU)
     plan = one_step_recipe(teacher, config(guidance=2.0))
     write_student(tmp_path / "student.safetensors", teacher.network, plan)
-    loaded = networks.load(str(tmp_path / "student.safetensors"), CPU)
+    loaded = load(str(tmp_path / "student.safetensors"), CPU)
     assert loaded.recipe == plan
     for key, value in teacher.network.module.state_dict().items():
         assert torch.equal(loaded.network.module.state_dict()[key], value)
 
 
 def test_a_one_step_recipe_is_conditioned_at_the_last_timestep_with_the_teachers_noise() -> None:
-    teacher = networks.load("digits", CPU)
+    teacher = load("digits", CPU)
     plan = one_step_recipe(teacher, config(guidance=2.0))
     assert (plan.timesteps, plan.nfe, plan.noise_scale) == ((999,), 1, 80.0)
     assert plan.baked_guidance == 2.0

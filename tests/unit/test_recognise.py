@@ -14,13 +14,13 @@ from kit.adm import adm_state
 from kit.tiny import recipe
 from safetensors.torch import save_file
 
-from dmd_train import networks
 from dmd_train.config import make_config
 from dmd_train.errors import UserError
 from dmd_train.files.read import peek, read_weights
 from dmd_train.method.recipe import RECIPE_KEY, Recipe
 from dmd_train.networks.digits import digits_network
-from dmd_train.networks.published import DMD2_LICENSE, PRESETS
+from dmd_train.networks.load import load, load_teacher, save
+from dmd_train.networks.published import DMD2_LICENSE, RECIPES
 from dmd_train.networks.recognise import Found, recognise
 from dmd_train.run.student import write_student
 
@@ -44,14 +44,14 @@ def write(path: Path, weights: dict[str, torch.Tensor], metadata: Any = None) ->
     return path
 
 
-def found_in(path: Path, wanted: Any = None) -> Found:
-    return recognise(*peek(path), str(path), wanted)
+def found_in(path: Path, wanted: Any = None, elsewhere: str = "") -> Found:
+    return recognise(*peek(path), str(path), wanted, elsewhere)
 
 
-def refused(path: Path, wanted: Any = None) -> str:
+def refused(path: Path, wanted: Any = None, elsewhere: str = "") -> str:
     """The one line that the user reads."""
     with pytest.raises(UserError) as caught:
-        found_in(path, wanted)
+        found_in(path, wanted, elsewhere)
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 600
     return message
@@ -111,8 +111,8 @@ def test_a_name_that_does_not_tell_the_recipe_leaves_the_question_to_the_user(
 ) -> None:
     found = found_in(write(tmp_path / name, publishers.diffusers_unet("sdxl")))
     assert found.recipe is None
-    assert "which recipe? pick one in DMD Model Sampling" in found.summary
-    assert ("non-commercial" in found.summary) == ("dmd2" in name)
+    assert "which recipe?" in found.summary() and "ask me" in found.summary("ask me")
+    assert ("non-commercial" in found.summary()) == ("dmd2" in name)
 
 
 def test_an_imagenet_network_under_another_name_may_be_a_teacher_and_gets_no_recipe(
@@ -130,7 +130,7 @@ def test_the_folder_is_asked_only_if_the_file_does_not_tell(tmp_path: Path) -> N
 
 def test_the_summary_is_one_line_with_family_steps_timesteps_and_licence(tmp_path: Path) -> None:
     path = write(tmp_path / "dmd2_sdxl_4step_lora.safetensors", publishers.kohya_lora("sdxl"))
-    assert found_in(path).summary == (
+    assert found_in(path).summary() == (
         "SDXL, kohya LoRA: 4 steps at t = 999, 749, 499, 249; "
         "licence CC BY-NC-SA 4.0 (non-commercial)"
     )
@@ -164,7 +164,7 @@ def test_a_single_file_is_said_to_have_exactly_the_parts_it_has(
     found = recognise({k: tuple(v.shape) for k, v in weights.items()}, {}, "a.safetensors")
     assert (found.layout, found.family) == ("LDM single file", family)
     assert (found.text_encoder, found.vae) == (text_encoder, vae)
-    assert ("CLIP" in found.summary, "VAE" in found.summary) == (text_encoder, vae)
+    assert ("CLIP" in found.summary(), "VAE" in found.summary()) == (text_encoder, vae)
 
 
 def test_the_recipe_in_the_file_outweighs_its_name(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_the_recipe_in_the_file_outweighs_its_name(tmp_path: Path) -> None:
 def test_a_licence_in_the_metadata_of_a_foreign_file_is_shown(tmp_path: Path) -> None:
     metadata = {"modelspec.license": "OpenRAIL++-M"}
     path = write(tmp_path / "a.safetensors", publishers.diffusers_unet("sdxl"), metadata)
-    assert found_in(path).summary.endswith("licence OpenRAIL++-M")
+    assert found_in(path).summary().endswith("licence OpenRAIL++-M")
 
 
 def flow_recipe(family: str = "SD3") -> Recipe:
@@ -213,7 +213,7 @@ def test_a_student_of_a_family_of_comfyuis_is_recognised_by_the_recipe_in_its_fi
     metadata = flow_recipe().to_metadata("title", (16, 64, 64))
     found = found_in(write(tmp_path / "a.safetensors", weights, metadata), kind)
     assert (found.kind, found.family, found.recipe) == (kind, "SD3", flow_recipe())
-    assert found.summary == f"SD3, {told}: 1 step at t = 999; licence MIT"
+    assert found.summary() == f"SD3, {told}: 1 step at t = 999; licence MIT"
 
 
 def test_without_its_recipe_such_a_file_is_anybodys_and_refused(tmp_path: Path) -> None:
@@ -253,19 +253,19 @@ def test_a_student_of_a_family_of_comfyuis_is_sent_there_by_the_command_line(
     metadata = flow_recipe().to_metadata("title", (16, 64, 64))
     path = write(tmp_path / "a.safetensors", weights, metadata)
     with pytest.raises(UserError) as caught:
-        networks.load(str(path), torch.device("cpu"))
+        load(str(path), torch.device("cpu"))
     message = str(caught.value)
     assert message.startswith(f"{path}: a student of SD3, which ComfyUI has")
     assert "\n" not in message
     config = make_config({"teacher": str(path), "output": "unused"}, "test")
     with pytest.raises(UserError, match=str(path)) as caught:
-        networks.load_teacher(config, torch.device("cpu"))
+        load_teacher(config, torch.device("cpu"))
     assert "\n" not in str(caught.value)
 
 
 def test_our_students_and_teachers_are_told_apart_by_the_recipe(tmp_path: Path) -> None:
     network = digits_network()
-    networks.save(tmp_path / "teacher.safetensors", network)
+    save(tmp_path / "teacher.safetensors", network)
     own = recipe(family="digits", license="Apache-2.0")
     write_student(tmp_path / "student.safetensors", network, own)
     teacher = found_in(tmp_path / "teacher.safetensors", "checkpoint")
@@ -298,15 +298,14 @@ def test_a_foreign_file_is_refused_by_its_own_name_with_some_of_its_keys(
     assert "Give a" in message and "SDXL" in message
 
 
-def test_a_lora_given_as_checkpoint_is_sent_to_the_other_node_and_the_reverse(
+def test_a_lora_given_as_checkpoint_is_sent_to_where_such_are_opened_and_the_reverse(
     tmp_path: Path,
 ) -> None:
     lora = write(tmp_path / "lora.safetensors", publishers.kohya_lora("sdxl"))
     assert "a LoRA, not a checkpoint (keys such as lora_unet_" in refused(lora, "checkpoint")
-    assert "Open it with Load DMD LoRA." in refused(lora, "checkpoint")
     unet = write(tmp_path / "unet.bin", publishers.diffusers_unet("sdxl"))
     assert "a checkpoint, not a LoRA (keys such as conv_in.weight" in refused(unet, "LoRA")
-    assert "Open it with Load DMD Checkpoint." in refused(unet, "LoRA")
+    assert refused(unet, "LoRA", elsewhere="Open it there.").endswith("). Open it there.")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -430,13 +429,13 @@ def _resident() -> int:
 
 
 def test_the_presets_are_the_published_timesteps_from_unit_noise() -> None:
-    assert {name: preset.timesteps for name, preset in PRESETS.items()} == {
+    assert {name: preset.timesteps for name, preset in RECIPES.items()} == {
         "SD 1.5, 1 step": (999,),
         "SDXL, 1 step (t = 399)": (399,),
         "SDXL, 2 steps": (999, 499),
         "SDXL, 3 steps": (999, 749, 499),
         "SDXL, 4 steps": FOUR,
     }
-    assert {(preset.noise_scale, preset.prediction) for preset in PRESETS.values()} == {
+    assert {(preset.noise_scale, preset.prediction) for preset in RECIPES.values()} == {
         (1.0, "eps")
     }

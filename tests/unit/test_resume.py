@@ -12,7 +12,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dmd_train.files.write import read_safetensors, write_atomically
+from dmd_train.files.read import read_safetensors
+from dmd_train.files.write import write_atomically
 from dmd_train.terminal import commands as cli
 
 ROOT = Path(__file__).parents[2]

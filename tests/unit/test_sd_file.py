@@ -23,7 +23,7 @@ from torch import Tensor
 from dmd_train.errors import UserError
 from dmd_train.method.recipe import RECIPE_KEY
 from dmd_train.networks import sd_layout, text
-from dmd_train.networks.sd_file import open_sd
+from dmd_train.networks.sd_load import open_sd
 
 OPENED = {
     "sd15": ("sd1", "eps", 512, 0.18215),

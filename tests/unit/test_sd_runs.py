@@ -30,9 +30,10 @@ from dmd_train.files import write as files
 from dmd_train.files.write import hash_of, read_safetensors
 from dmd_train.iteration import Distillation
 from dmd_train.method.recipe import read_recipe
+from dmd_train.networks.load import DIGITS_TEACHER, load_teacher
 from dmd_train.networks.text import TextEncoder
 from dmd_train.prepare import carried_out, make_roles, prepare
-from dmd_train.presets import PRESETS
+from dmd_train.presets import PRESETS, families_of
 from dmd_train.run.folder import RunFolder
 from dmd_train.terminal import commands as cli
 
@@ -195,7 +196,7 @@ PRESET_RUNS = {
 
 
 def test_there_is_a_run_below_for_every_preset_of_stable_diffusion() -> None:
-    of_files = {name for name, preset in PRESETS.items() if preset.families}
+    of_files = {name for name in PRESETS if families_of(name)}
     assert PRESET_RUNS.keys() == of_files - {"digits-one-step"}
 
 
@@ -254,7 +255,7 @@ def test_iterations_move_critic_and_student_and_nothing_of_the_teacher(
 ) -> None:
     preset = f"sd15-one-step-{training}"
     config = load_config(write(preset=preset, regression_weight=0.25, **LEARNS), [])
-    loaded = networks.load_teacher(config, CPU)
+    loaded = load_teacher(config, CPU)
     assert loaded.text
     network: Any = loaded.network
     parts = [network.module, network.decoder, *loaded.text.modules]
@@ -654,7 +655,7 @@ def test_plan_tells_what_a_run_takes_and_leaves_nothing_behind(
     assert everything_in(tmp_path) == before
     said = outcome.out
     config = load_config(run_yaml, [])
-    roles = make_roles(networks.load_teacher(config, CPU).network, config)
+    roles = make_roles(load_teacher(config, CPU).network, config)
     trained = sum(p.numel() for p in roles.student.parameters.values()) / 1e6
     assert f"lora, {trained:.1f} M parameters" in said
     for row in ("peak memory", "peak RAM", "disk", "an iteration", "pairs", "the run, 3 steps"):
@@ -802,7 +803,7 @@ def test_a_class_for_a_text_model_and_a_prompt_for_the_digits_are_refused(
     file = student("lora") / "student.safetensors"
     refused(dmd("sample", file, "--out", "x.png", "--class", 7), file, "--prompt")
     refused(dmd("sample", file, "--out", "x.png"), file, "--prompt")
-    digits = networks.DIGITS_TEACHER
+    digits = DIGITS_TEACHER
     refused(dmd("sample", digits, "--out", "x.png", "--prompt", "seven"), digits, "--class 7")
     refused(dmd("sample", digits, "--out", "x.latent"), "draw pixels, not latents")
 

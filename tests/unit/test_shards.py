@@ -9,12 +9,12 @@ from kit.tiny import InMemory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmd_train import networks
 from dmd_train.config import load_config
 from dmd_train.data.pairs import StoredPairs, shard_size
 from dmd_train.errors import UserError
 from dmd_train.files import shards
 from dmd_train.files.shards import ORIGIN_KEY, Shards, make_shards
+from dmd_train.networks.load import load, save
 
 CPU = torch.device("cpu")
 TOTAL, SIZE = 23, 5
@@ -199,12 +199,12 @@ def test_pairs_of_a_run_whose_teacher_was_replaced_are_refused(
     teacher = tmp_path / "teacher.safetensors"
     run_yaml = write_run(tmp_path, teacher=str(teacher), pairs=4)
     assert load_config(run_yaml, []).teacher == str(teacher)
-    digits = networks.load("digits", CPU).network
-    networks.save(teacher, digits)
+    digits = load("digits", CPU).network
+    save(teacher, digits)
     assert dmd("pairs", run_yaml).code == 0
     with torch.no_grad():
         next(digits.module.parameters()).add_(1)
-    networks.save(teacher, digits)
+    save(teacher, digits)
     outcome = dmd("train", run_yaml)
     assert outcome.code == 2
     assert "made by another teacher" in outcome.err

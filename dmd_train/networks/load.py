@@ -1,0 +1,120 @@
+"""Networks from a name, a file or a folder.
+
+ComfyUI's nodes come here too, for the class-conditional ones: what Stable Diffusion needs beside
+torch is imported when a file of it is met.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..config import CANVAS, DIGITS, Config
+from ..errors import UserError
+from ..families import TOLD_PROMPTS
+from ..files.read import hash_of, peek, read_weights
+from ..files.write import write_safetensors
+from ..method.network import NETWORK_KEY, Network
+from .edm import EDMNetwork
+from .loaded import Loaded
+from .recognise import CLASS_CONDITIONAL, Found, recognise
+
+DIGITS_TEACHER = Path(__file__).with_name("digits-teacher.safetensors")
+
+
+def load_teacher(config: Config, device: torch.device) -> Loaded:
+    """The network that config.teacher names: 'digits', a file, or a diffusers folder.
+
+    Raises UserError for a MODEL of ComfyUI's, which is no file.
+    """
+    path = Path(config.teacher)
+    if config.teacher.startswith(CANVAS):
+        raise UserError(
+            f"teacher: {config.teacher} was wired in ComfyUI, with what was patched into it. Go on "
+            "with the run there."
+        )
+    if config.teacher == DIGITS or _is_edm(path):
+        return load(config.teacher, device)
+    from .sd_load import load_sd_teacher
+
+    # a student is refused here, and not looked for the base it was made from
+    half = config.half(device)
+    # full training copies the weights before it halves them
+    dtype = torch.bfloat16 if half and config.training == "lora" else torch.float32
+    return load_sd_teacher(path, device, half, config.resolution, config.decoder, dtype)
+
+
+def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:
+    """A network by itself, in float32. Raises UserError for what is none.
+
+    base: where a student's text encoder, VAE and, for a LoRA, its UNet come from.
+    """
+    path = DIGITS_TEACHER if name == DIGITS else Path(name)
+    found = None
+    if not path.is_dir():
+        shapes, metadata = peek(path)
+        found = recognise(shapes, metadata, str(path))
+        if found.layout in CLASS_CONDITIONAL:
+            network = _edm(path, found, metadata, device)
+            return Loaded(network, found.recipe, path.stem, hash_of(path))
+        if found.family not in TOLD_PROMPTS:
+            raise UserError(
+                f"{path}: a student of {found.family}, which ComfyUI has and this package has not. "
+                "Open it there."
+            )
+    from .sd_load import load_sd_student, load_sd_teacher
+
+    if found and (found.recipe or found.kind == "LoRA"):
+        return load_sd_student(path, found, base, device)
+    return load_sd_teacher(path, device)
+
+
+def _is_edm(path: Path) -> bool:
+    if path.is_dir():
+        return False
+    shapes, metadata = peek(path)
+    return NETWORK_KEY in metadata or "model.map_label.weight" in shapes
+
+
+def _edm(path: Path, found: Found, metadata: dict[str, str], device: torch.device) -> EDMNetwork:
+    """The network of a file written by this package, or of DMD2's ImageNet-64 generator."""
+    tensors, _ = read_weights(path)
+    if found.layout == "EDM class-conditional":
+        from .imagenet64 import imagenet64_network
+
+        network = imagenet64_network(tensors, str(path), found.license)
+    else:
+        network = build(metadata, str(path))
+        try:
+            network.module.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"{path}: its weights do not fit its network ({reason})") from None
+    network.module.to(device).eval()
+    return network
+
+
+def save(path: Path, teacher: Network) -> None:
+    """A teacher's weights, with what is needed to load them again. Atomic."""
+    write_safetensors(path, teacher.module.state_dict(), teacher.file_metadata())
+
+
+def build(metadata: dict[str, str], file: str) -> EDMNetwork:
+    """The network that a file's metadata describes, with fresh weights."""
+    described = json.loads(metadata[NETWORK_KEY])
+    match described["family"]:
+        case "digits":
+            from .digits import digits_network
+
+            return digits_network()
+        case "edm-unet":
+            from .edm_unet import edm_unet
+
+            return edm_unet(
+                classes=described["classes"],
+                sigma_data=described["sigma_data"],
+                license=described["license"],
+                **described["config"],
+            )
+        case unknown:
+            raise UserError(f"{file}: network family '{unknown}' is not known to this version.")
