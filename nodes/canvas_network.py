@@ -29,11 +29,10 @@ from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction
 from .class_label import LABEL
 from .conditioning import rows_of
 from .edm_model import EDMModel
+from .fingerprint import DIFFUSION_MODEL
+from .latents import downscale_of, preview_colours, require_pictures
 from .model_recipe import FAMILIES, family_of, native_size
 from .wired import Wired
-
-DIFFUSION_MODEL = "diffusion_model."
-"""What a MODEL puts before the names of its network's weights."""
 
 BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
 """Of a transformer, the layers that adapters go on: those of its blocks that mix tokens."""
@@ -134,11 +133,10 @@ class CanvasNetwork(Network):
         own = copy.deepcopy(model.get_model_object("model_sampling"))
         self.sigma_data = float(getattr(own, "sigma_data", 0.5))
         self.latent_format = model.get_model_object("latent_format")
-        self.downscale = getattr(self.latent_format, "spacial_downscale_ratio", 8)
+        self.downscale = downscale_of(self.latent_format)
         size = (config.resolution or native_size(model)) // self.downscale
         self.shape = (self.latent_format.latent_channels, size, size)
-        if getattr(self.latent_format, "latent_dimensions", 2) != 2:
-            raise UserError(f"model: {self.family} makes no single pictures. Wire an image model.")
+        require_pictures(model)
         self.vae = wired.vae
         if self.vae is not None and self.vae.latent_channels != self.shape[0]:
             raise UserError(
@@ -268,14 +266,8 @@ class CanvasNetwork(Network):
             with torch.inference_mode():
                 pixels = self.vae.decode(self.latent_format.process_out(x0.float().cpu()))
             return pixels.clone().movedim(-1, 1).reshape(len(x0), -1, *pixels.shape[-3:-1]) * 2 - 1
-        factors = self.latent_format.latent_rgb_factors
-        if factors is None:
-            return (x0[:, :3] / 3).clamp(-1, 1)
-        bias = self.latent_format.latent_rgb_factors_bias
-        colours = torch.einsum("bchw,ck->bkhw", x0.float(), x0.new_tensor(factors).float())
-        if bias is not None:
-            colours = colours + x0.new_tensor(bias).float()[:, None, None]
-        return colours.clamp(-1, 1)
+        colours = preview_colours(self.latent_format, x0)
+        return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
 
     def freeze(self) -> None:
         super().freeze()

@@ -30,6 +30,7 @@ from .prompts import encode
 from .run import bring_to_its_end
 from .run_folders import name_of, run_folders, run_path
 from .teacher_pairs import TeacherPairs
+from .widgets import LORA_MODEL, LOSS_MAP, PAIRS
 from .wired import Wired, wired_file
 
 AUTO = "right for the model"
@@ -46,10 +47,10 @@ def _outputs() -> list[io.Output]:
         io.Model.Output(
             display_name="student", tooltip="One step: lcm, simple, cfg 1, any KSampler."
         ),
-        io.Custom("LORA_MODEL").Output(
+        LORA_MODEL.Output(
             display_name="lora", tooltip="The student as a LoRA, for Save LoRA Weights."
         ),
-        io.Custom("LOSS_MAP").Output(
+        LOSS_MAP.Output(
             display_name="loss",
             tooltip="For Plot Loss Graph: the regression where there is one, else the critic's. "
             "The distribution matching loss says nothing about progress.",
@@ -155,7 +156,7 @@ class DMDDistill(io.ComfyNode):
                     tooltip="What guidance leads away from: DMD Prompts' negative. Not needed at "
                     "guidance 1 and for classes.",
                 ),
-                io.Custom("DMD_PAIRS").Input(
+                PAIRS.Input(
                     "pairs",
                     optional=True,
                     tooltip="From DMD Teacher Pairs, for the regression. Without, a preset that "
@@ -230,7 +231,7 @@ class DMDContinueRun(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="With model: the same negative."
                 ),
-                io.Custom("DMD_PAIRS").Input(
+                PAIRS.Input(
                     "pairs", optional=True, tooltip="With model: the same pairs, if there were any."
                 ),
                 io.Vae.Input(
@@ -321,7 +322,8 @@ def _config(values: dict[str, Any], name: str, wired: Wired) -> Config:
         config = config.model_copy(update={"regression_weight": WIRED_PAIRS})
     config = config.model_copy(update=wired.names(config))
     if not name:
-        config = config.model_copy(update={"output": run_path(name_of(config, wired))})
+        named = name_of(config, wired.conditions_name)
+        config = config.model_copy(update={"output": run_path(named)})
         config = config.model_copy(update=wired.names(config))  # prompts lie in the folder
     return config
 
