@@ -111,8 +111,13 @@ def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) 
         if name.startswith(DIFFUSION_MODEL):
             comfy.utils.set_attr(network, name.removeprefix(DIFFUSION_MODEL), copy.deepcopy(patch))
     if getattr(network, "dtype", None) in FULL_PRECISION:
-        network.dtype = dtype
+        _compute_in(network, dtype)
     return network
+
+
+def _compute_in(network: Any, dtype: torch.dtype) -> None:
+    """Tells ComfyUI what to cast the network's inputs to."""
+    network.dtype = dtype
 
 
 class CanvasNetwork(Network):
@@ -159,7 +164,7 @@ class CanvasNetwork(Network):
         self.base.manual_cast_dtype = dtype if self.is_quantised else None
         self.module = patched_copy(model, device, dtype)
         self.options = model.model_options.get("transformer_options", {})
-        self.call = model.model_options.get("model_function_wrapper", _plainly)
+        self.call = call_of(model)
         is_unet = self.family in FAMILIES
         self.names = _diffusers_names(model) if is_unet else {}
         self.lora_targets = UNET_LAYERS if is_unet else BLOCK_LAYERS
@@ -190,7 +195,8 @@ class CanvasNetwork(Network):
 
     @property
     def module(self) -> nn.Module:
-        return self.base.diffusion_model
+        module: nn.Module = self.base.diffusion_model
+        return module
 
     @module.setter
     def module(self, module: nn.Module) -> None:
@@ -264,7 +270,8 @@ class CanvasNetwork(Network):
         """By the VAE; without one, by the latent format's own preview colours."""
         if self.vae is not None:
             with torch.inference_mode():
-                pixels = self.vae.decode(self.latent_format.process_out(x0.float().cpu()))
+                latents = self.latent_format.process_out(x0.float().cpu())
+                pixels: Tensor = self.vae.decode(latents)
             return pixels.clone().movedim(-1, 1).reshape(len(x0), -1, *pixels.shape[-3:-1]) * 2 - 1
         colours = preview_colours(self.latent_format, x0)
         return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
@@ -273,7 +280,7 @@ class CanvasNetwork(Network):
         super().freeze()
         if self.half and not self.is_quantised:
             self.module.to(torch.bfloat16)
-            self.module.dtype = torch.bfloat16
+            _compute_in(self.module, torch.bfloat16)
 
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         recompute = checkpoint or partial(torch_checkpoint, use_reentrant=False)
@@ -350,14 +357,24 @@ def _diffusers_names(model: ModelPatcher) -> dict[str, str]:
     return {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in layer.items()}
 
 
-def _plainly(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-    """Where no node has wrapped the MODEL's function."""
-    return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+Call = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]
+"""What calls a MODEL's network: (network, {"input", "timestep", "c"}) -> its estimate of x0."""
+
+
+def call_of(model: ModelPatcher) -> Call:
+    """What a node has wrapped around the MODEL's network; else the plain call."""
+
+    def plainly(network: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        return network(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    call: Call = model.model_options.get("model_function_wrapper", plainly)
+    return call
 
 
 def _differentiable_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """torch's: not every fast one has a backward."""
-    return attention_pytorch(*args, **kwargs)
+    mixed: Tensor = attention_pytorch(*args, **kwargs)
+    return mixed
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.run.pixels import COLUMNS, grid, stack
-from .conditioning import rows_of
+from .canvas_network import call_of
+from .conditioning import Conditioning, rows_of
 from .latents import empty_latent, preview_colours
 from .model_recipe import family_of
 from .progress import EVERY, Progress, say
@@ -98,7 +99,7 @@ class DMDCompare(io.ComfyNode):
         cls,
         teacher: ModelPatcher,
         student: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         seed: int,
         count: int,
         teacher_steps: int,
@@ -107,7 +108,7 @@ class DMDCompare(io.ComfyNode):
         scheduler: str,
         width: int,
         height: int,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         recipe = needed_recipe(student)
@@ -196,7 +197,7 @@ def measured(
     warm_up: Draw,
     draw: Draw,
     noise: Tensor,
-    prompts: list[list],
+    prompts: list[Conditioning],
 ) -> Row:
     """One picture at a time; `warm_up` has the model loaded and compiled before the clock runs.
 
@@ -230,13 +231,11 @@ class Counted:
     def __init__(self, model: ModelPatcher) -> None:
         self.evaluations = 0
         self.patcher = model.clone()
-        wrapper = model.model_options.get("model_function_wrapper")
+        call = call_of(model)
 
         def evaluate(network: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
             self.evaluations += len(arguments["input"])
-            if wrapper:
-                return wrapper(network, arguments)
-            return network(arguments["input"], arguments["timestep"], **arguments["c"])
+            return call(network, arguments)
 
         self.patcher.set_model_unet_function_wrapper(evaluate)
 
@@ -247,7 +246,8 @@ def how_much_faster(ratio: float) -> str:
 
 def decoded(latents: Tensor, vae: VAE) -> Tensor:
     """(N, C, h, w) -> pictures (N, 3, H, W) in [-1, 1]."""
-    return vae.decode(latents).movedim(-1, 1).float() * 2 - 1
+    pixels: Tensor = vae.decode(latents)
+    return pixels.movedim(-1, 1).float() * 2 - 1
 
 
 def previewed(latents: Tensor, model: ModelPatcher) -> Tensor:

@@ -17,11 +17,10 @@ from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
 from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
-from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.recognise import recognise
 from ..dmd_train.presets import PRESETS, presets_for
 from ..dmd_train.run.folder import RunFolder
-from .class_label import all_classes
+from .conditioning import Conditioning, all_classes
 from .edm_model import edm_model
 from .model_files import PACK
 from .model_recipe import family_of
@@ -175,7 +174,7 @@ class DMDDistill(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         preset: str,
         steps: int,
         resolution: int,
@@ -184,7 +183,7 @@ class DMDDistill(io.ComfyNode):
         seed: int,
         run: str,
         advanced: str,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
@@ -254,8 +253,8 @@ class DMDContinueRun(io.ComfyNode):
         cls,
         run: str,
         model: ModelPatcher | None = None,
-        conditions: list | None = None,
-        negative: list | None = None,
+        conditions: Conditioning | None = None,
+        negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
@@ -338,9 +337,7 @@ def _from_file(config: Config, node_id: str) -> Wired:
         )
     found = recognise(*peek(file), str(file))
     if found.layout in networks.EDM_LAYOUTS:
-        network = networks.load(str(file), torch.device("cpu")).network
-        assert isinstance(network, EDMNetwork)
-        model = edm_model(network)
+        model = edm_model(networks.load(str(file), torch.device("cpu")).network)
         return Wired(model, all_classes(model), file=file)
     embeddings = folder_paths.get_folder_paths("embeddings")
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(

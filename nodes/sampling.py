@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -10,10 +11,12 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.recipe import Recipe
 from ..dmd_train.networks.published import PRESETS
+from .conditioning import Conditioning
 from .latents import empty_latent
 from .model_recipe import family_of, recipe_of, sigmas_of, with_recipe
 from .widgets import size_inputs
@@ -110,18 +113,18 @@ class StockSampler:
     def sample(
         self,
         model: ModelPatcher,
-        noise: torch.Tensor,
-        positive: list,
+        noise: Tensor,
+        positive: Conditioning,
         callback: Callable[..., None] | None = None,
         *,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
         seed: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), from an empty latent.
 
         negative: not needed at cfg 1. seed: of the noise that the sampler itself adds.
         """
-        return comfy.sample.sample(
+        samples: Tensor = comfy.sample.sample(
             model,
             noise,
             self.steps,
@@ -135,31 +138,32 @@ class StockSampler:
             disable_pbar=True,
             seed=seed,
         )
+        return samples
 
 
 class ConditionalGuider(comfy.samplers.CFGGuider):
     """The positive condition alone: guidance is in a student's weights."""
 
-    def set_conds(self, positive: list) -> None:
+    def set_conds(self, positive: Conditioning) -> None:
         self.inner_set_conds({"positive": positive})
 
 
 def sample_by_recipe(
     model: ModelPatcher,
-    noise: torch.Tensor,
-    positive: list,
+    noise: Tensor,
+    positive: Conditioning,
     seed: int,
     callback: Callable[..., None],
-    latent: torch.Tensor | None = None,
-    noise_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    latent: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+) -> Tensor:
     """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), by the MODEL's own recipe.
 
     latent: counts where noise_mask keeps it. seed: of the noise between steps.
     """
     guider = ConditionalGuider(model)
     guider.set_conds(positive)
-    sampled = guider.sample(
+    samples: Tensor = guider.sample(
         noise,
         torch.zeros_like(noise) if latent is None else latent,
         dmd_sampler(),
@@ -169,7 +173,7 @@ def sample_by_recipe(
         disable_pbar=True,
         seed=seed,
     )
-    return sampled.to(comfy.model_management.intermediate_device())
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 class DMDOneStepSampler(io.ComfyNode):
@@ -210,12 +214,12 @@ class DMDOneStepSampler(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        positive: list,
+        positive: Conditioning,
         seed: int,
         width: int,
         height: int,
         batch_size: int,
-        latent: dict | None = None,
+        latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         recipe = needed_recipe(model)
         given = latent or {"samples": empty_latent(model, width, height, batch_size)}

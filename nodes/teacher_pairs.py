@@ -14,7 +14,7 @@ from ..dmd_train.data.conditions import Classes
 from ..dmd_train.data.pairs import Sample, make_pairs
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.seeding import stream_seed
-from .conditioning import Row, fingerprint, joined, rows_of
+from .conditioning import Conditioning, Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
 from .latents import empty_latent, require_pictures
 from .progress import Progress, say
@@ -61,7 +61,8 @@ class Teacher:
             negative=self.negative,
             seed=stream_seed(self.seed, "pair sampler", first),
         )
-        return self.model.get_model_object("latent_format").process_in(latent.float()).cpu()
+        x0: Tensor = self.model.get_model_object("latent_format").process_in(latent.float())
+        return x0.cpu()
 
     def origin(self, shape: tuple[int, int, int]) -> str:
         """Names everything that a pair is a function of, but its number."""
@@ -137,7 +138,7 @@ class DMDTeacherPairs(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         name: str,
         count: int,
         seed: int,
@@ -148,7 +149,7 @@ class DMDTeacherPairs(io.ComfyNode):
         width: int,
         height: int,
         batch_size: int,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
     ) -> io.NodeOutput:
         rows = rows_of(conditions)
         against = _negative(negative, cfg)
@@ -173,7 +174,7 @@ class DMDTeacherPairs(io.ComfyNode):
         return io.NodeOutput(pairs, ui={"text": (line,)})
 
 
-def _negative(negative: list | None, cfg: float) -> list[Row]:
+def _negative(negative: Conditioning | None, cfg: float) -> list[Row]:
     """The one condition that guidance leads away from; none where there is no guidance."""
     if cfg == 1:
         return []

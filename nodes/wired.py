@@ -15,7 +15,7 @@ from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.networks.recognise import recognise
 from .class_label import LABEL
-from .conditioning import PROMPT, fingerprint, rows_of
+from .conditioning import PROMPT, Conditioning, Row, fingerprint, rows_of
 from .edm_model import EDMModel
 from .fingerprint import model_fingerprint
 from .model_files import path_of
@@ -31,14 +31,14 @@ class Wired:
     """What a run is made of on the canvas. file: the checkpoint that the MODEL is, if it is one."""
 
     model: ModelPatcher
-    conditions: list
-    negative: list | None = None
+    conditions: Conditioning
+    negative: Conditioning | None = None
     pairs: TeacherPairs | None = None
     vae: comfy.sd.VAE | None = None
     file: Path | None = None
 
     @cached_property
-    def rows(self) -> list:
+    def rows(self) -> list[Row]:
         return rows_of(self.conditions)
 
     @cached_property
