@@ -35,7 +35,7 @@ from .model_recipe import FAMILIES, family_of, native_size
 from .wired import Wired
 
 BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
-"""Of a transformer, the layers that adapters go on: those of its blocks that mix tokens."""
+"""Layers of a transformer that adapters go on: those of its blocks that mix tokens."""
 
 NEGATIVE = -1
 """The row that stands for the negative condition."""
@@ -116,7 +116,7 @@ def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) 
 
 
 def _compute_in(network: Any, dtype: torch.dtype) -> None:
-    """Tells ComfyUI what to cast the network's inputs to."""
+    """Sets what ComfyUI casts the network's inputs to."""
     network.dtype = dtype
 
 
@@ -267,7 +267,7 @@ class CanvasNetwork(Network):
 
     @torch.no_grad()
     def to_images(self, x0: Tensor) -> Tensor:
-        """By the VAE; without one, by the latent format's own preview colours."""
+        """The VAE's pictures; without one, the latent format's own preview colours."""
         if self.vae is not None:
             with torch.inference_mode():
                 latents = self.latent_format.process_out(x0.float().cpu())
@@ -289,14 +289,14 @@ class CanvasNetwork(Network):
                 block.forward = partial(_recomputed, recompute, block.forward)
 
     def canonical_name(self, name: str) -> str:
-        """diffusers' where there is one, as a headless run has it."""
+        """The name in diffusers where there is one, as a headless run has it."""
         for ending in ("", ".weight", ".bias"):
             if name.endswith(ending) and (known := self.names.get(name.removesuffix(ending))):
                 return known + ending
         return name
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """By their names in a file of the whole diffusion model."""
+        """Weights under their names in a file of the whole diffusion model."""
         weights = self.module.state_dict()
         return dict(self.base.model_config.process_unet_state_dict_for_saving(weights))
 
@@ -372,7 +372,7 @@ def call_of(model: ModelPatcher) -> Call:
 
 
 def _differentiable_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """torch's: not every fast one has a backward."""
+    """Attention as torch computes it: not every fast one has a backward."""
     mixed: Tensor = attention_pytorch(*args, **kwargs)
     return mixed
 

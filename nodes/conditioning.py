@@ -66,7 +66,7 @@ def all_classes(model: ModelPatcher) -> Conditioning:
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Names the conditions: SHA-256 over their tensors, texts and other options, hexadecimal."""
+    """A name of the conditions: SHA-256 over tensors, texts and other options, hexadecimal."""
     return digest(rows)
 
 

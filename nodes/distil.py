@@ -1,4 +1,4 @@
-"""DMD Distill and DMD Continue Run: the engine's own loop, iterated by a node."""
+"""DMD Distill and DMD Continue Run: their inputs and outputs, and the config these make."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def _outputs() -> list[io.Output]:
 
 
 def _advanced_input() -> io.Input:
-    """Hidden until the user asks for advanced widgets."""
+    """A text field, hidden until the user asks for advanced widgets."""
     text = io.String.Input(
         "advanced",
         default="",
@@ -299,7 +299,7 @@ def _preset(model: ModelPatcher) -> str:
 
 
 def _device(chosen: str) -> str:
-    """ComfyUI's, for the config."""
+    """ComfyUI's device, for the config. Raises UserError for one that does not train."""
     device = comfy.model_management.get_torch_device()
     if device.type not in ("cpu", "cuda"):
         raise UserError(

@@ -26,9 +26,9 @@ def digest(value: Any, most: int | None = None) -> str:
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
-    """Names the MODEL's weights, the LoRAs and merges on them, its schedule and other patches.
+    """A name of the MODEL's weights, the LoRAs and merges on them, its schedule, other patches.
 
-    From a strided sample of each weight, as it is before patches, wherever the model is loaded.
+    Made from a strided sample of each weight as it is before patches, wherever it is loaded.
     """
     with model.use_ejected():
         weights = dict(model.model.diffusion_model.named_parameters())

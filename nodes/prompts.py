@@ -113,7 +113,7 @@ def encode(
 
 
 def _encoded(clip: comfy.sd.CLIP, prompt: str) -> Conditioning:
-    """As CLIP Text Encode does, but in float16: half the memory."""
+    """What CLIP Text Encode makes of the prompt, but in float16: half the memory."""
     entries = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     return [
         [_half(text), {key: _half(value) for key, value in options.items()} | {PROMPT: prompt}]

@@ -16,17 +16,17 @@ NAME = re.compile(r"[\w-]([\w .-]*[\w-])?")
 
 
 def runs_folder() -> Path:
-    """Runs of the canvas are output: no update of the pack touches them."""
+    """The runs of the canvas: they are output, which no update of the pack touches."""
     return Path(folder_paths.get_output_directory()) / "dmd_runs"
 
 
 def run_path(name: str) -> Path:
-    """Raises UserError for a name that is more than a folder's name."""
+    """The run of this name. Raises UserError for more than a folder's name."""
     return runs_folder() / _checked(name, "run")
 
 
 def pairs_path(name: str) -> Path:
-    """Raises UserError for a name that is more than a folder's name."""
+    """The pairs of this name. Raises UserError for more than a folder's name."""
     return Path(folder_paths.get_output_directory()) / "dmd_pairs" / _checked(name, "name")
 
 

@@ -103,7 +103,7 @@ def custom_recipe(model: ModelPatcher, timesteps: str) -> Recipe:
 
 @dataclass(frozen=True)
 class StockSampler:
-    """KSampler, set by these widgets of its."""
+    """ComfyUI's KSampler, its widgets set."""
 
     steps: int
     cfg: float

@@ -65,7 +65,7 @@ class Teacher:
         return x0.cpu()
 
     def origin(self, shape: tuple[int, int, int]) -> str:
-        """Names everything that a pair is a function of, but its number."""
+        """A name of everything that a pair is a function of, but its number."""
         told = [model_fingerprint(self.model), fingerprint(self.rows), fingerprint(self.negative)]
         return json.dumps([*told, self.seed, *astuple(self.how), *shape])
 
@@ -189,7 +189,7 @@ def _negative(negative: Conditioning | None, cfg: float) -> list[Row]:
 
 
 def _shown(sample: Sample, count: int, node_id: str) -> Sample:
-    """The same with a bar, which begins at the first pair that is not there yet."""
+    """The same sampling with a bar, which begins at the first pair that is not there yet."""
     progress: list[Progress] = []
 
     def shown(noise: Tensor, rows: Tensor, first: int) -> Tensor:

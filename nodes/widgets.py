@@ -4,10 +4,10 @@ import comfy.samplers
 from comfy_api.latest import io
 
 PAIRS = io.Custom("DMD_PAIRS")
-"""From DMD Teacher Pairs to DMD Distill: a `TeacherPairs`."""
+"""A `TeacherPairs`, from DMD Teacher Pairs to DMD Distill."""
 
 LORA_MODEL, LOSS_MAP = io.Custom("LORA_MODEL"), io.Custom("LOSS_MAP")
-"""Those of ComfyUI's own Save LoRA Weights and Plot Loss Graph."""
+"""What ComfyUI's own Save LoRA Weights and Plot Loss Graph take."""
 
 
 def side_inputs() -> list[io.Input]:

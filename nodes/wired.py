@@ -23,7 +23,7 @@ from .model_recipe import family_of
 from .teacher_pairs import TeacherPairs
 
 PROMPTS_FILE = "prompts.txt"
-"""In the folder of a run whose prompts came by a wire."""
+"""A file in the folder of a run whose prompts came by a wire."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Wired:
 
     @cached_property
     def conditions_name(self) -> str:
-        """Names the pairs too: other pairs, another run."""
+        """A fingerprint, and the pairs: other pairs, another run."""
         told = self.rows + (rows_of(self.negative) if self.negative else [])
         pairs = f", {self.pairs.count} pairs of {self.pairs.folder.name}" if self.pairs else ""
         return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}{pairs}"
@@ -61,7 +61,7 @@ class Wired:
 
     @property
     def license(self) -> str:
-        """Of the model's file."""
+        """The license that the model's file names."""
         return recognise(*peek(self.file), str(self.file)).license if self.file else "unknown"
 
     @property
