@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmd_train.config import make_config
 from dmd_train.data.conditions import Classes
-from dmd_train.distil import Distillation
+from dmd_train.iteration import Distillation
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.roles import three_networks
 from dmd_train.networks.edm import EDMNetwork

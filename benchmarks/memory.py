@@ -21,10 +21,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from dmd_train.config import make_config
-from dmd_train.distil import Distillation, make_roles
+from dmd_train.iteration import Distillation
 from dmd_train.method.network import Condition
 from dmd_train.method.recipe import Recipe
 from dmd_train.networks.stable_diffusion import StableDiffusion
+from dmd_train.prepare import make_roles
 
 LEVELS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 SD15: dict[str, Any] = {

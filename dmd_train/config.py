@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import UserError
 from .method.noise import TIMESTEPS
@@ -19,7 +19,7 @@ CANVAS = "ComfyUI MODEL"
 """How the name of a teacher begins that is no file: a MODEL as wired, LoRAs and merges applied."""
 
 DEFAULT_PRESET = "digits-one-step"
-"""Of the embedded teacher."""
+"""The embedded teacher's preset."""
 
 
 class Config(BaseModel):
@@ -30,7 +30,7 @@ class Config(BaseModel):
     teacher: str = Field(
         description="'digits' (embedded), a .safetensors file, or a diffusers folder"
     )
-    prompts: Path | None = Field(None, description="a text file, one a line; none: the shipped")
+    prompts: str | None = Field(None, description="a text file, one a line; none: the shipped")
     output: Path = Field(description="the run folder")
     preset: str = Field(DEFAULT_PRESET, description="a row of the preset table")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random in the run")
@@ -97,9 +97,11 @@ class Config(BaseModel):
         [], description="where to log beside metrics.jsonl"
     )
 
-    @property
-    def needs_prompts(self) -> bool:
-        return "digits" not in self.preset
+    @field_validator("prompts")
+    @classmethod
+    def _spelt_as_paths_are(cls, prompts: str | None) -> str | None:
+        """./prompts.txt and prompts.txt are one run's."""
+        return prompts and str(Path(prompts))
 
     @property
     def needs_pairs(self) -> bool:

@@ -16,7 +16,7 @@ from .method.roles import Role
 
 
 def require_optimizer(config: Config) -> None:
-    """Raises UserError for one that is not installed."""
+    """Refusal, a UserError, of an optimiser that is not installed."""
     if config.optimizer == "adamw-8bit" and not _has_bitsandbytes():
         raise UserError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
 
@@ -30,11 +30,12 @@ def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.opti
     require_optimizer(config)
     lr, betas, decay = config.learning_rate, (0.9, 0.999), config.weight_decay
     may_be_8bit = config.optimizer == "auto" and parameters[0].is_cuda and _has_bitsandbytes()
+    kind, faster = torch.optim.AdamW, {"fused": True}
     if config.optimizer == "adamw-8bit" or may_be_8bit:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
+        kind, faster = AdamW8bit, {}
+    return kind(parameters, lr=lr, betas=betas, weight_decay=decay, **faster)
 
 
 class Learner:
@@ -46,7 +47,7 @@ class Learner:
         self.optimizer = make_optimizer(list(self.parameters.values()), config)
 
     def learning_rate(self, step: int) -> float:
-        """At student update `step` (from 0): linear warm-up, then constant or cosine to zero."""
+        """The rate at student update `step` (from 0): linear warm-up, then constant or a cosine."""
         warmup = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
         if self.config.schedule == "constant":
             return self.config.learning_rate * warmup

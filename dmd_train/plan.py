@@ -5,32 +5,28 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from rich.table import Table
 
 from . import networks
 from .config import Config
-from .data.conditions import Classes, Conditions, Prompts
 from .data.pairs import PairBatch, Pairs
-from .data.prompts import SHARD, encode_prompts, read_prompts
-from .distil import Distillation, make_roles
-from .files.shards import Shards
-from .method.objectives import Regression
+from .data.prompts import SHARD, read_prompts
+from .errors import OutOfMemory, out_of_memory
+from .files.write import write_text
+from .iteration import Distillation
 from .method.sample import sample_teacher
 from .method.seeding import generator, randn
-from .networks.edm import EDMNetwork
-from .prepare import regression_distance, require_possible
-from .run.student import one_step_recipe
+from .prepare import carried_out, prepare
+from .run.folder import KEEP, RunFolder
 
 ITERATIONS = 3
-GIB = 1 << 30
-CHECKPOINTS = 2
 
 
 class RandomPairs(Pairs):
@@ -48,12 +44,27 @@ class RandomPairs(Pairs):
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """Three iterations of a run: bytes, and seconds.
+
+    iteration: median of three; pair: of one; peak: None where they did not fit. condition: values
+    that one prompt is encoded to.
+    """
+
+    trained: int
+    weights: int
+    condition: int
+    iteration: float
+    pair: float
+    peak: int | None
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Bytes and seconds. iteration: median of three; peak: None where they did not fit."""
+    """A whole run: bytes and seconds. pairs: seconds until they are made."""
 
     what: str
     device: torch.device
-    trained: int
     weights: int
     iteration: float
     pairs: float
@@ -70,96 +81,81 @@ class Measured:
 
 
 def measure(config: Config, device: torch.device) -> Measured:
-    """Raises UserError for what `train` would refuse."""
+    """A run's figures. Raises UserError for what `train` would refuse."""
     loaded = networks.load_teacher(config, device)
-    require_possible(config, loaded)
-    recipe = one_step_recipe(loaded, config)
-    shape, prompts = loaded.network.shape, list[str]()
-    distance = regression_distance(config, loaded.network)
-    conditions: Conditions
-    if isinstance(loaded.network, EDMNetwork):
-        conditions = Classes(loaded.network.classes)
-    else:
-        assert loaded.text
-        prompts = read_prompts(config.prompts)
-        few = prompts[:SHARD]
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in encode_prompts(Path(folder), few, loaded.text.to(device), "plan"):
-                pass
-            encoded = Shards(Path(folder))
-        loaded.text.to(torch.device("cpu"))
-        conditions = Prompts(few, encoded)
-    _reset_peak(device)
-    peak: int | None = None
-    seconds, pair_seconds, trained, weights = float("nan"), 0.0, 0, 0
-    try:
-        state = Distillation(
-            make_roles(loaded.network, config), recipe, conditions, config, Regression(distance)
-        )
-        roles = state.roles
-        trained = sum(p.numel() for p in roles.student.parameters.values())
-        modules = {role.network.module for role in (roles.teacher, roles.critic, roles.student)}
-        weights = sum(p.nbytes for module in modules for p in module.parameters())
-        pairs = RandomPairs(shape) if config.needs_pairs else None
-        warm = min(config.regression_warmup_steps, 1)
-        first = config.regression_warmup_steps - warm
-        steps = range(first, first + warm + ITERATIONS)
-        times = [_timed(partial(state.iteration, step, pairs), device) for step in steps]
-        seconds = statistics.median(times[-ITERATIONS:])
-        if pairs is not None:
-            pair_seconds = _pair_seconds(state, conditions, config, device)
-        peak = _peak(device)
-    except torch.OutOfMemoryError:
-        pass
-    student = trained * 4 * (3 + 3 + (config.ema_decay > 0))  # values and two moments, of both
-    latent = torch.Size(shape).numel()
-    text = sum(v.numel() for v in conditions.take(torch.zeros(1).long(), device).values())
-    disk = CHECKPOINTS * student + trained * 2 + len(prompts) * text * 2
-    disk += config.pairs * latent * 4 if config.needs_pairs else 0
+    shape = loaded.network.shape
+    prompts = read_prompts(config.prompts) if loaded.text else []
+    with _small_run(config, prompts[:SHARD]) as run:
+        rehearsal = _rehearse(run, loaded, device)
     room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _ram_room()
-    what = f"{config.training}, {trained / 1e6:.1f} M parameters of student and critic each"
+    fits = rehearsal.peak is not None and rehearsal.peak <= room
+    trained, needs_pairs = rehearsal.trained, config.needs_pairs
     return Measured(
-        what=what,
+        what=f"{config.training}, {trained / 1e6:.1f} M parameters of student and critic each",
         device=device,
-        trained=trained,
-        weights=weights,
-        iteration=seconds,
-        pairs=pair_seconds * config.pairs if config.needs_pairs else 0.0,
-        peak=peak,
+        weights=rehearsal.weights,
+        iteration=rehearsal.iteration,
+        pairs=rehearsal.pair * config.pairs if needs_pairs else 0.0,
+        peak=rehearsal.peak,
         room=room,
         ram=_peak_ram(),
-        disk=disk,
+        disk=_disk(config, trained, len(prompts) * rehearsal.condition, torch.Size(shape).numel()),
         disk_room=shutil.disk_usage(_existing(config.output)).free,
-        advice=() if peak is not None and peak <= room else (config.smaller,),
+        advice=() if fits else (config.smaller,),
     )
 
 
-def plan_table(config: Config, plan: Measured) -> Table:
-    """For the terminal."""
-    table = Table(title=f"{config.teacher}, preset {config.preset}", show_header=False)
-    peak = "does not fit" if plan.peak is None else f"{plan.peak / GIB:.2f} GiB"
-    memory = "GPU memory" if plan.device.type == "cuda" else "memory"
-    rows = {
-        "trained": plan.what,
-        f"peak {memory}": f"{peak} of {plan.room / GIB:.1f} GiB",
-        "of which weights": f"{plan.weights / GIB:.2f} GiB",
-        "peak RAM": f"{plan.ram / GIB:.2f} GiB",
-        "disk": f"{plan.disk / GIB:.2f} GiB of {plan.disk_room / GIB:.0f} GiB free",
-        "an iteration": f"{plan.iteration:.2f} s (median of {ITERATIONS})",
-        "pairs": _duration(plan.pairs) if config.needs_pairs else "none needed",
-        f"the run, {config.steps} steps": _duration(plan.iteration * config.steps + plan.pairs),
-        "fits": "yes" if plan.fits else "NO",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+@contextmanager
+def _small_run(config: Config, prompts: list[str]) -> Iterator[RunFolder]:
+    """The run with few of its prompts, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        moved = {"output": Path(folder, "run"), "trackers": []}
+        if prompts:
+            moved["prompts"] = str(Path(folder, "prompts.txt"))
+            write_text(Path(folder, "prompts.txt"), "\n".join(prompts))
+        with RunFolder(config.model_copy(update=moved)) as run:
+            yield run
 
 
-def _pair_seconds(
-    state: Distillation, conditions: Conditions, config: Config, device: torch.device
-) -> float:
-    """Of one pair: two steps of the teacher's sampler, times half their number."""
-    teacher = state.roles.teacher.network
+def _rehearse(run: RunFolder, loaded: networks.Loaded, device: torch.device) -> Rehearsal:
+    config = run.config
+    _reset_peak(device)
+    trained = weights = condition = 0
+    seconds, pair = float("nan"), 0.0
+    peak: int | None = None
+    try:
+        pairs = RandomPairs(loaded.network.shape)
+        ready = carried_out(prepare(run, loaded, pairs=pairs, pictures=False), lambda _: None)
+        state, roles = ready.state, ready.state.roles
+        trained = sum(p.numel() for p in roles.student.parameters.values())
+        modules = {role.network.module for role in (roles.teacher, roles.critic, roles.student)}
+        weights = sum(p.nbytes for module in modules for p in module.parameters())
+        one = state.conditions.take(torch.zeros(1).long(), device)
+        condition = sum(value.numel() for value in one.values())
+        with out_of_memory("an iteration does not fit"):
+            warm = min(config.regression_warmup_steps, 1)
+            first = config.regression_warmup_steps - warm
+            steps = range(first, first + warm + ITERATIONS)
+            times = [_timed(partial(state.iteration, step, ready.pairs), device) for step in steps]
+            seconds = statistics.median(times[-ITERATIONS:])
+            if ready.pairs is not None:
+                pair = _pair_seconds(state, device)
+        peak = _peak(device)
+    except OutOfMemory:
+        pass
+    return Rehearsal(trained, weights, condition, seconds, pair, peak)
+
+
+def _disk(config: Config, trained: int, text: int, latent: int) -> int:
+    """Bytes of a run's folder. text, latent: values of all encoded prompts, of one sample."""
+    state = trained * 4 * (3 + 3 + (config.ema_decay > 0))  # values and two moments, of both
+    pairs = config.pairs * latent * 4 if config.needs_pairs else 0  # noise and image, in 2 each
+    return KEEP * state + trained * 2 + text * 2 + pairs
+
+
+def _pair_seconds(state: Distillation, device: torch.device) -> float:
+    """Seconds of one pair: two steps of the teacher's sampler, times half their number."""
+    config, conditions, teacher = state.config, state.conditions, state.roles.teacher.network
     batch = config.pair_batch_size
     condition = conditions.take(conditions.balanced(batch), device)
     z = randn((batch, *teacher.shape), generator(device, 0, "plan"))
@@ -182,7 +178,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """On a GPU, what torch reserved of it; otherwise what the process ever had of RAM."""
+    """Bytes of a GPU that torch reserved; otherwise what the process ever had of RAM."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _peak_ram()
 
 
@@ -203,8 +199,3 @@ def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds % 60:.0f} s"

@@ -1,31 +1,122 @@
-"""What a run needs before its first step: encoded prompts, pairs, the distance they are held to."""
+"""A run before its first step: a config and its teacher become a run that is ready to go.
 
-import hashlib
-from collections.abc import Iterator
+Generators that yield what they are at: every door only iterates them, with a bar of its own.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional
 
 from .config import Config
-from .data.conditions import Classes, Conditions, Prompts
-from .data.pairs import Pairs, make_pairs, origin_of, teacher_sample
+from .data.conditions import Classes, Conditions, Prompts, name_of
+from .data.pairs import Pairs, StoredPairs, make_pairs, origin_of, teacher_sample
 from .data.prompts import encode_prompts, fits_on_disk, read_prompts, too_long
-from .errors import UserError
+from .errors import UserError, out_of_memory
 from .files.shards import Shards
+from .iteration import Distillation
 from .learner import require_optimizer
 from .method.network import Network
 from .method.objectives import Distance, pseudo_huber
 from .method.processes import Processes
+from .method.roles import Roles, three_networks, two_adapters
 from .networks import Loaded
-from .networks.edm import EDMNetwork
 from .presets import PRESETS, presets_for
 from .run.folder import RunFolder
+from .run.sample_sheet import SampleSheet
+from .run.student import one_step_recipe
 from .run.trackers import require_trackers
-from .terminal.bar import StopRequest, bar, console
+
+
+class Doing(NamedTuple):
+    """What a preparation is at: `done` of `total`. note: a line for the user, once."""
+
+    what: str
+    done: int
+    total: int
+    note: str = ""
+
+
+Result = TypeVar("Result")
+Preparation = Generator[Doing, None, Result]
+
+
+def carried_out(preparation: Preparation[Result], tell: Callable[[Doing], None]) -> Result:
+    """The result of a preparation, each of its parts told. What `tell` raises ends it."""
+    with closing(preparation):
+        while True:
+            try:
+                doing = next(preparation)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            tell(doing)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can take its next step, after `step` student updates.
+
+    sheet: None where another process draws it.
+    """
+
+    run: RunFolder
+    state: Distillation
+    pairs: Pairs | None
+    sheet: SampleSheet | None
+    step: int
+
+
+def prepare(
+    run: RunFolder,
+    loaded: Loaded,
+    processes: Processes | None = None,
+    conditions: Conditions | None = None,
+    pairs: Pairs | None = None,
+    pictures: bool = True,
+) -> Preparation[Ready]:
+    """Conditions, pairs, roles, the newest checkpoint's state and the teacher's pictures.
+
+    conditions, pairs: those of the caller, else they are made in the run's folder, or found there.
+    Raises UserError for a run that cannot be, and out of memory.
+    """
+    config, teacher = run.config, loaded.network
+    processes = processes or Processes(teacher.device)
+    with out_of_memory(run.too_large):
+        require_possible(config, loaded)
+        recipe = one_step_recipe(loaded, config)
+        distance = regression_distance(config, teacher)
+        if conditions is None:
+            conditions = yield from make_conditions(run, loaded, processes)
+        if not config.needs_pairs:
+            pairs = None
+        elif pairs is None:
+            pairs = yield from make_run_pairs(run, loaded, conditions, processes)
+        roles = make_roles(teacher, config, processes)
+        state = Distillation(roles, recipe, conditions, config, distance, processes)
+        step = _taken_up(state, run)
+        sheet = None
+        # a sharded network needs all processes
+        if pictures and (processes.is_main or processes.is_sharded):
+            sheet = SampleSheet(roles.teacher.network, recipe, conditions, config)
+            yield from _told("teacher's pictures", sheet.draw_teacher(), len(sheet))
+        return Ready(run, state, pairs, sheet, step)
+
+
+def _taken_up(state: Distillation, run: RunFolder) -> int:
+    """The step of the newest checkpoint, which `state` is set to; 0 where there is none."""
+    checkpoint = run.newest()
+    if checkpoint is None:
+        return 0
+    state.restore(checkpoint.tensors)
+    return checkpoint.step
 
 
 def require_possible(config: Config, loaded: Loaded) -> None:
-    """Raises UserError for what would stop the run only once prompts and pairs are made."""
+    """Refusal, a UserError, of what would stop the run only once prompts and pairs are made."""
     families, family = PRESETS[config.preset].families, loaded.network.family
     if families and family not in families:
         raise UserError(
@@ -37,37 +128,31 @@ def require_possible(config: Config, loaded: Loaded) -> None:
 
 
 def make_conditions(
-    run: RunFolder, loaded: Loaded, processes: Processes, stop: StopRequest
-) -> Conditions:
+    run: RunFolder, loaded: Loaded, processes: Processes
+) -> Preparation[Conditions]:
     """Classes, or the run's prompts: encoded into run.text, or live where they are too many."""
-    if isinstance(loaded.network, EDMNetwork):
+    if loaded.text is None:
+        assert loaded.network.classes
         return Classes(loaded.network.classes)
-    assert loaded.text
     path = run.config.prompts
     prompts = read_prompts(path)
-    warning = too_long(prompts, loaded.text, path)
-    if warning:
-        console.print(f"warning: {warning}", soft_wrap=True)
+    if warning := too_long(prompts, loaded.text, path):
+        yield Doing("prompts", 0, len(prompts), f"warning: {warning}")
     encoder = loaded.text.to(processes.device)
     if not fits_on_disk(prompts, encoder):
         return Prompts(prompts, encoder)
     if processes.is_main:
-        made = encode_prompts(run.text, prompts, encoder, made_from(loaded, prompts))
-        _progress("prompts", made, len(prompts), stop)
+        made = encode_prompts(run.text, prompts, encoder, made_from(loaded, name_of(prompts)))
+        yield from _told("prompts", made, len(prompts))
     processes.wait()
     encoder.to(torch.device("cpu"))
     return Prompts(prompts, Shards(run.text))
 
 
 def make_run_pairs(
-    run: RunFolder,
-    loaded: Loaded,
-    conditions: Conditions,
-    processes: Processes,
-    stop: StopRequest,
-) -> Pairs:
+    run: RunFolder, loaded: Loaded, conditions: Conditions, processes: Processes
+) -> Preparation[Pairs]:
     """The pairs in run.pairs, made where they are not there yet; each process makes its part."""
-    prompts = conditions.prompts if isinstance(conditions, Prompts) else []
     config = run.config
     made = make_pairs(
         run.pairs,
@@ -76,33 +161,27 @@ def make_run_pairs(
         loaded.network.shape,
         conditions,
         config.pair_batch_size,
-        origin_of(made_from(loaded, prompts), config),
+        origin_of(made_from(loaded, conditions.name), config),
         teacher_sample(loaded.network, conditions, config),
         processes,
     )
-    _progress("pairs", made, config.pairs, stop)
+    yield from _told("pairs", made, config.pairs)
     processes.wait()
-    return Pairs(Shards(run.pairs))
+    return StoredPairs(Shards(run.pairs))
 
 
-def _progress(what: str, made: Iterator[int], total: int, stop: StopRequest) -> None:
-    """A bar; exits once a stop is asked for. What is made is on disk."""
-    with bar() as progress:
-        task = progress.add_task(what, total=total, note="")
-        for count in made:
-            progress.update(task, completed=count)
-            if stop.signal and count < total:
-                console.print(f"{what}: {count} of {total} kept; the same command goes on.")
-                stop.exit()
+def _told(what: str, made: Iterator[int], total: int) -> Iterator[Doing]:
+    for done in made:
+        yield Doing(what, done, total)
 
 
-def made_from(loaded: Loaded, prompts: list[str]) -> str:
-    """Names the teacher and the prompts."""
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    return f"{loaded.sha256} {digest}"
+def made_from(loaded: Loaded, conditions: str) -> str:
+    """The teacher and the conditions (their name), for what is made from both."""
+    return f"{loaded.sha256} {conditions}"
 
 
 def regression_distance(config: Config, network: Network) -> Distance:
+    """The distance that config.regression_loss names. Raises UserError where it cannot be."""
     match config.regression_loss:
         case "mse":
             return functional.mse_loss
@@ -114,3 +193,15 @@ def regression_distance(config: Config, network: Network) -> Distance:
             from .networks.perceptual import lpips
 
             return lpips(network)
+
+
+def make_roles(teacher: Network, config: Config, processes: Processes | None = None) -> Roles:
+    """The roles of config.training. Raises UserError for what cannot be spread over processes."""
+    processes = processes or Processes(teacher.device)
+    if processes.is_sharded and (config.training == "lora" or config.ema_decay):
+        raise UserError(
+            "FSDP is for training: full with ema_decay: 0. Leave --use_fsdp out: adapters fit."
+        )
+    if config.training == "full":
+        return three_networks(teacher, processes)
+    return two_adapters(teacher, config.lora_rank, config.lora_alpha, config.seed)

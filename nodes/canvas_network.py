@@ -21,7 +21,7 @@ from torch import Tensor, autocast, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ..dmd_train.config import Config
-from ..dmd_train.data.conditions import Classes
+from ..dmd_train.data.conditions import Conditions
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.adapters import UNET_LAYERS
 from ..dmd_train.method.network import Condition, Network
@@ -304,7 +304,7 @@ class CanvasNetwork(Network):
         return {}
 
 
-def engine_network(wired: Wired, config: Config) -> tuple[Network, Classes]:
+def engine_network(wired: Wired, config: Config) -> tuple[Network, Conditions]:
     """The wired MODEL as a network of its own, and its conditions. Call it in `training_mode`.
 
     A class-conditional MODEL of this pack's is the engine's own network again, so that a run is
@@ -315,10 +315,10 @@ def engine_network(wired: Wired, config: Config) -> tuple[Network, Classes]:
     if isinstance(base, EDMModel) and "model_sampling" not in wired.model.object_patches:
         edm = copy.copy(base.model_config.unet_config["network"])
         edm.module = patched_copy(wired.model, device, torch.float32).network
-        return edm, Labels(_labels(wired, edm.classes))
+        return edm, Labels(_labels(wired, edm.classes), wired.conditions_for(config))
     network = CanvasNetwork(wired, config, device)
     network.try_once(config.guidance)
-    return network, Rows(len(wired.rows))
+    return network, Rows(len(wired.rows), wired.conditions_for(config))
 
 
 def _labels(wired: Wired, classes: int) -> Tensor:
@@ -331,7 +331,7 @@ def _labels(wired: Wired, classes: int) -> Tensor:
     return labels
 
 
-class Rows(Classes):
+class Rows(Conditions):
     """The conditions of a CanvasNetwork, by their numbers: uniform."""
 
     def take(self, rows: Tensor, device: torch.device) -> Condition:
@@ -339,11 +339,11 @@ class Rows(Classes):
         return {"row": rows}
 
 
-class Labels(Classes):
+class Labels(Conditions):
     """Some of a network's classes: uniform over the list."""
 
-    def __init__(self, labels: Tensor) -> None:
-        super().__init__(len(labels))
+    def __init__(self, labels: Tensor, name: str) -> None:
+        super().__init__(len(labels), name)
         self.labels = labels
 
     def take(self, rows: Tensor, device: torch.device) -> Condition:

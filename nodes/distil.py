@@ -345,7 +345,7 @@ def _from_file(config: Config, node_id: str) -> Wired:
     )
     if RunFolder(config).finished:
         return Wired(model, [], vae=vae, file=file)
-    prompts = config.prompts and _found(config.prompts)
+    prompts = config.prompts and _found(Path(config.prompts))
     conditions, negative = encode(clip, read_prompts(prompts), node_id)
     return Wired(model, conditions, negative, vae=vae, file=file)
 

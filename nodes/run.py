@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.sd
@@ -16,15 +16,12 @@ from torch import nn
 
 from ..dmd_train import networks
 from ..dmd_train.config import Config
-from ..dmd_train.data.conditions import Classes
-from ..dmd_train.data.pairs import Pairs, make_pairs, origin_of, teacher_sample
-from ..dmd_train.errors import UserError
+from ..dmd_train.data.pairs import StoredPairs
+from ..dmd_train.errors import UserError, out_of_memory
 from ..dmd_train.files.shards import Shards
 from ..dmd_train.files.write import hash_of, write_text
 from ..dmd_train.method.network import Network
-from ..dmd_train.method.objectives import Regression
 from ..dmd_train.run.folder import RunFolder
-from ..dmd_train.run.student import one_step_recipe
 from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
 from .model_files import PACK
@@ -35,6 +32,9 @@ from .teacher_pairs import TeacherPairs
 from .training_mode import training_mode
 from .wired import PROMPTS_FILE, Wired
 
+if TYPE_CHECKING:
+    from ..dmd_train.prepare import Doing
+
 
 def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutput:
     """Train what is left of the run, then hand its student on."""
@@ -43,24 +43,20 @@ def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutpu
         _keep_prompts(run, wired)
         if not run.finished:
             try:
-                with training_mode(config.cpu_threads):
+                with training_mode(config.cpu_threads), out_of_memory(run.too_large):
                     _train(run, wired, node_id)
             except ModuleNotFoundError as error:
                 raise UserError(
                     f"training needs {error.name}, which is not installed. Run "
                     f"pip install -r {PACK / 'requirements.txt'}"
                 ) from None
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{run.path}: out of memory before the first step. {config.smaller}"
-                ) from None
         return _results(run, wired.model)
 
 
 def _keep_prompts(run: RunFolder, wired: Wired) -> None:
     """Write them where the run.yaml says they are. Raises UserError if others are there."""
-    file = run.config.prompts
-    if file != run.path / PROMPTS_FILE or not wired.prompts:
+    file = run.path / PROMPTS_FILE
+    if run.config.prompts != str(file) or not wired.prompts:
         return
     text = "\n".join(wired.prompts) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -88,39 +84,50 @@ def _require_room(config: Config, model: ModelPatcher) -> None:
 
 
 def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
-    """Iterate distil(); stopped by the user, it saves, and the node says so."""
+    """Iterate what the engine yields; stopped by the user, it saves, and the node says so."""
     # training's libraries, which a pack that only samples can do without
-    from ..dmd_train.distil import LOG_EVERY, distil
-    from ..dmd_train.prepare import regression_distance, require_possible
+    from ..dmd_train.distil import distil
+    from ..dmd_train.prepare import carried_out, prepare
+    from ..dmd_train.run.journal import LOG_EVERY
 
     config = run.config
     say("copying the model", node_id)
     network, conditions = engine_network(wired, config)
-    teacher = _loaded(network, wired)
-    require_possible(config, teacher)
-    recipe = one_step_recipe(teacher, config)
-    regression = Regression(regression_distance(config, network))
+    pairs = None if wired.pairs is None else _wired_pairs(wired.pairs, network, wired)
+    preparation = prepare(run, _loaded(network, wired), conditions=conditions, pairs=pairs)
     try:
         with _every_call_may_stop(network.module):
-            pairs = _pairs(run, wired, teacher, conditions, node_id) if config.needs_pairs else None
-            reports = distil(network, conditions, recipe, config, run, pairs, regression)
-            say("the teacher draws for the previews", node_id)
-            first = list(islice(reports, 1))
+            ready = carried_out(preparation, Preparing(node_id).tell)
     except comfy.model_management.InterruptProcessingException:
         say("stopped before a step was done; finished pairs are kept. Run goes on.", node_id)
         raise
-    progress, losses, step = None, "", 0
+    progress = Progress("step", config.steps, node_id, ready.step)
+    losses, step = "", ready.step
     try:
-        with closing(reports):
-            for report in chain(first, reports):
+        with closing(distil(ready)) as reports:
+            for report in reports:
                 step = report.step
-                progress = progress or Progress("step", config.steps, node_id, step - 1)
                 if step % LOG_EVERY == 0:
                     losses = f"\n{report.losses()}"
                 progress.update(step, losses, report.picture)
     except comfy.model_management.InterruptProcessingException:
         say(f"stopped at step {step} and saved in {run.path.name}. Run goes on.", node_id)
         raise
+
+
+class Preparing:
+    """A bar on the node for each part of a preparation."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self.bars: dict[str, Progress] = {}
+
+    def tell(self, doing: "Doing") -> None:
+        """Raises InterruptProcessingException where the user has pressed stop."""
+        what, done, total, _ = doing
+        if what not in self.bars:
+            self.bars[what] = Progress(what, total, self.node_id)
+        self.bars[what].update(done)
 
 
 @contextmanager
@@ -148,37 +155,7 @@ def _loaded(network: Network, wired: Wired) -> networks.Loaded:
     return networks.Loaded(network, recipe, f"{network.family}, as wired in ComfyUI", "")
 
 
-def _pairs(
-    run: RunFolder, wired: Wired, teacher: networks.Loaded, conditions: Classes, node_id: str
-) -> Pairs:
-    """The wired ones, or the run's own, made where they are not there yet."""
-    config, network = run.config, teacher.network
-    if wired.pairs is not None:
-        return _wired_pairs(wired.pairs, network, wired)
-    from ..dmd_train.prepare import made_from
-
-    told = (
-        (wired.prompts or [])
-        if wired.is_headless(config)
-        else [config.teacher, wired.conditions_name]
-    )
-    made = make_pairs(
-        run.pairs,
-        config.pairs,
-        config.seed,
-        network.shape,
-        conditions,
-        config.pair_batch_size,
-        origin_of(made_from(teacher, told), config),
-        teacher_sample(network, conditions, config),
-    )
-    progress = Progress("pair", config.pairs, node_id)
-    for count in made:
-        progress.update(count)
-    return Pairs(Shards(run.pairs))
-
-
-def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> Pairs:
+def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> StoredPairs:
     """Raises UserError where they were made for something else."""
     if pairs.shape != network.shape:
         raise UserError(
@@ -190,7 +167,7 @@ def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> Pairs:
             f"pairs: {pairs.folder.name} was made from other conditions. Wire the same ones into "
             "both nodes."
         )
-    return Pairs(Shards(pairs.folder))
+    return StoredPairs(Shards(pairs.folder))
 
 
 def _results(run: RunFolder, model: ModelPatcher) -> io.NodeOutput:

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train import networks
 from ..dmd_train.config import CANVAS, DIGITS, Config
+from ..dmd_train.data.conditions import name_of
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.networks.recognise import recognise
@@ -81,15 +82,21 @@ class Wired:
         empty = not self.negative or all(o.get(PROMPT) == "" for _, o in rows_of(self.negative))
         return self.prompts is not None and (empty or config.guidance == 1)
 
+    def conditions_for(self, config: Config) -> str:
+        """The name of the conditions in the engine: that of a headless run where it is one."""
+        if self.is_headless(config):
+            return name_of(self.prompts or [])
+        return name_of([config.teacher, self.conditions_name])
+
     def names(self, config: Config) -> dict[str, Any]:
         """teacher and prompts for its run.yaml: files where a headless run can take it up."""
         if not self.is_headless(config):
-            return {"teacher": self.model_name, "prompts": Path(self.conditions_name)}
+            return {"teacher": self.model_name, "prompts": self.conditions_name}
         assert self.file
         if isinstance(self.model.model, EDMModel):
             is_ours = self.file.resolve() == networks.DIGITS_TEACHER.resolve()
             return {"teacher": DIGITS if is_ours else str(self.file), "prompts": None}
-        return {"teacher": str(self.file), "prompts": config.output / PROMPTS_FILE}
+        return {"teacher": str(self.file), "prompts": str(config.output / PROMPTS_FILE)}
 
 
 def wired_file(model: ModelPatcher, prompt: dict[str, Any], node_id: str) -> Path | None:

@@ -1,6 +1,8 @@
 """What the samples are conditioned on. A row is a number: a class, or a prompt of a list."""
 
-from typing import TYPE_CHECKING, Protocol
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,44 +10,53 @@ from torch import Tensor
 from ..files.shards import Shards
 from ..method.network import Condition
 
-if TYPE_CHECKING:
-    from ..networks.text import TextEncoder
+
+def name_of(texts: list[str]) -> str:
+    """SHA-256 of the texts, hexadecimal: what is made from conditions is known by it."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-class Conditions(Protocol):
-    """A source of conditions for the student and the critic."""
+class Conditions(ABC):
+    """Numbered conditions, each as likely as any other. name: see `name_of`."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self.count, self.name = count, name
 
     def rows(self, size: int, gen: torch.Generator) -> Tensor:
         """`size` random rows, (size,) int64 on the CPU; `gen` is the CPU's."""
+        return torch.randint(self.count, (size,), generator=gen)
 
     def balanced(self, size: int) -> Tensor:
         """`size` rows in order, round robin: for sheets and for measuring."""
+        return torch.arange(size) % self.count
 
+    @abstractmethod
     def take(self, rows: Tensor, device: torch.device) -> Condition:
         """The conditions of these rows, on `device`."""
 
 
-class Classes:
-    """Class labels 0..count-1, uniform (DMD2 section C)."""
+class Classes(Conditions):
+    """Class labels 0..count-1 (DMD2 section C)."""
 
     def __init__(self, count: int) -> None:
-        self.count = count
-
-    def rows(self, size: int, gen: torch.Generator) -> Tensor:
-        return torch.randint(self.count, (size,), generator=gen)
-
-    def balanced(self, size: int) -> Tensor:
-        return torch.arange(size) % self.count
+        super().__init__(count, name_of([]))
 
     def take(self, rows: Tensor, device: torch.device) -> Condition:
         return {"label": rows.to(device)}
 
 
-class Prompts(Classes):
-    """Prompts of a list, uniform: encoded before, on disk, or live."""
+class Encoder(Protocol):
+    """A text encoder."""
 
-    def __init__(self, prompts: list[str], encoded: "Shards | TextEncoder") -> None:
-        super().__init__(len(prompts))
+    def encode(self, prompts: list[str]) -> Condition:
+        """The conditions of these prompts, one batch."""
+
+
+class Prompts(Conditions):
+    """Prompts of a list: encoded before, on disk, or live."""
+
+    def __init__(self, prompts: list[str], encoded: Shards | Encoder) -> None:
+        super().__init__(len(prompts), name_of(prompts))
         self.prompts, self.encoded = prompts, encoded
 
     def take(self, rows: Tensor, device: torch.device) -> Condition:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ..method.seeding import generator, randn, stream_seed
 from .conditions import Conditions
 
 BYTES = 1 << 20
-"""Of noise in one shard, about: one step of the progress bar, and of what a stop loses."""
+"""Noise in one shard, about: one step of the progress bar, and of what a stop loses."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,28 @@ class PairBatch:
     image: Tensor
 
 
-class Pairs:
+class Pairs(Protocol):
+    """A source of pairs."""
+
+    def draw(self, size: int, gen: torch.Generator) -> Tensor:
+        """`size` random pairs by number, with replacement. `gen` is the CPU's."""
+
+    def take(self, numbers: Tensor, device: torch.device) -> PairBatch:
+        """The pairs of these numbers, on `device`."""
+
+
+class StoredPairs(Pairs):
     """The pairs of a folder, each seed once."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        first = {seed: i for i, seed in reversed(list(enumerate(shards.column("seed").tolist())))}
-        self.kept = torch.tensor(sorted(first.values()))
+        _, first = np.unique(shards.column("seed").numpy(), return_index=True)
+        self.kept = torch.from_numpy(first).sort().values
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def draw(self, size: int, gen: torch.Generator) -> Tensor:
-        """`size` random pairs by number, with replacement. `gen` is the CPU's."""
         return torch.randint(len(self), (size,), generator=gen)
 
     def take(self, numbers: Tensor, device: torch.device) -> PairBatch:
@@ -109,6 +120,6 @@ def teacher_sample(teacher: Network, conditions: Conditions, config: Config) -> 
 
 
 def origin_of(made_from: str, config: Config) -> str:
-    """The origin of pairs by `teacher_sample`. made_from: names the teacher and the conditions."""
+    """The origin of pairs by `teacher_sample`. made_from: the teacher and the conditions."""
     made_by = ("seed", "pair_sampler", "pair_steps", "guidance", "resolution")
     return json.dumps([made_from, *(getattr(config, key) for key in made_by)])

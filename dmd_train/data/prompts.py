@@ -21,9 +21,9 @@ ON_DISK = 4 << 30
 """Bytes of encoded prompts up to which they are kept on disk; a longer list is encoded live."""
 
 
-def read_prompts(path: Path | None) -> list[str]:
-    """One a line, each once; None: the shipped list. Raises UserError for a file without any."""
-    path = path or SHIPPED
+def read_prompts(file: str | Path | None) -> list[str]:
+    """Prompts of a file, one a line, each once; None: the shipped ones. Raises UserError."""
+    path = Path(file or SHIPPED)
     prompts = prompts_in(read_text(path))
     if not prompts:
         raise UserError(f"{path}: holds no prompts. Write one a line, or leave `prompts` out.")
@@ -31,7 +31,7 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Raises UserError for what is no text."""
+    """A file's text. Raises UserError for what is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -44,17 +44,17 @@ def read_text(path: Path) -> str:
 
 
 def prompts_in(text: str) -> list[str]:
-    """One a line, each once; blank lines and the blanks around a prompt do not count."""
+    """Prompts, one a line, each once; blank lines and blanks around a prompt do not count."""
     return list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
 
 
-def too_long(prompts: list[str], encoder: "TextEncoder", path: Path | None) -> str | None:
+def too_long(prompts: list[str], encoder: "TextEncoder", file: str | None) -> str | None:
     """A warning about prompts that the text encoder cuts, None where there are none."""
     over = encoder.too_long(prompts)
     if not over:
         return None
     return (
-        f"{path or SHIPPED}: {len(over)} of {len(prompts)} prompts have more than 77 tokens; what "
+        f"{file or SHIPPED}: {len(over)} of {len(prompts)} prompts have more than 77 tokens; what "
         f"is beyond is not read. The first: {prompts[over[0]][:60]!r}..."
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .network import Condition, Network
+from .network import Condition, Network, Wrapped
 from .seeding import generator
 
 LISTED_AS = {
@@ -127,7 +127,7 @@ class Adapters:
             self.use(before)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Of one adapter, trainable: "down_blocks.0...to_q.lora_A.student.weight" and so on."""
+        """One adapter's, trainable: "down_blocks.0...to_q.lora_A.student.weight" and so on."""
         found = {
             f"{layer}.{side}.{name}.weight": getattr(lora, side)[name].weight
             for layer, lora in self.layers.items()
@@ -138,7 +138,7 @@ class Adapters:
         return found
 
     def file_tensors(self, name: str) -> dict[str, Tensor]:
-        """As a file: down, up and alpha of every layer. The scale is alpha over the rank."""
+        """A LoRA's file: down, up and alpha of every layer. The scale is alpha over the rank."""
         tensors = {}
         for layer, lora in self.layers.items():
             key = kohya_name(layer)
@@ -170,25 +170,16 @@ class Adapters:
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-class Adapted(Network):
+class Adapted(Wrapped):
     """`network` with one of its adapters; None: without any, the network itself."""
 
     def __init__(self, network: Network, adapters: Adapters, name: str | None) -> None:
-        self.network, self.adapters, self.name = network, adapters, name
-        self.module, self.noise, self.shape = network.module, network.noise, network.shape
-        self.prediction, self.sigma_data = network.prediction, network.sigma_data
-        self.family, self.license = network.family, network.license
-        self.file_dtype, self.downscale = network.file_dtype, network.downscale
+        super().__init__(network)
+        self.adapters, self.name = adapters, name
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.adapters.use(self.name)
-        return self.network.predict_x0(x_t, t, condition)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        return self.network.null_condition(condition)
-
-    def to_images(self, x0: Tensor) -> Tensor:
-        return self.network.to_images(x0)
+        return super().predict_x0(x_t, t, condition)
 
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         self.network.checkpoint_gradients(checkpoint or self.adapters.checkpoint)

@@ -36,11 +36,14 @@ class Network(ABC):
     downscale: int = 1
     """Pixels a side that one value of a sample stands for: 8 of most latents."""
 
+    classes: int | None = None
+    """How many it draws; None of one that is told prompts."""
+
     latent_scale: float | None = None
-    """Of samples that are latents: what a VAE's are multiplied by for the network."""
+    """What a VAE's latents are multiplied by for the network; None of one that draws pixels."""
 
     file_dtype: torch.dtype = torch.float32
-    """Of a student's weights on disk."""
+    """A student's weights on disk."""
 
     lora_targets: str = r".*"
     """A regular expression for the names of the layers that adapters go on."""
@@ -103,6 +106,45 @@ class Network(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+
+class Wrapped(Network):
+    """`network` under another name; a subclass says what is different about it.
+
+    It has every attribute that Network declares, as it is now.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        for name in Network.__annotations__:
+            setattr(self, name, getattr(network, name))
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.network.predict_x0(x_t, t, condition)
+
+    def null_condition(self, condition: Condition) -> Condition:
+        return self.network.null_condition(condition)
+
+    def denoising_weight(self, t: Tensor) -> Tensor:
+        return self.network.denoising_weight(t)
+
+    def to_images(self, x0: Tensor) -> Tensor:
+        return self.network.to_images(x0)
+
+    def canonical_name(self, name: str) -> str:
+        return self.network.canonical_name(name)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return self.network.file_tensors()
+
+    def file_metadata(self) -> dict[str, str]:
+        return self.network.file_metadata()
+
+    def freeze(self) -> None:
+        self.network.freeze()
+
+    def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
+        self.network.checkpoint_gradients(checkpoint)
 
 
 def guided_x0(

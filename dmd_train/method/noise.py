@@ -98,7 +98,8 @@ class EDM(Noise):
 
     def sigma(self, t: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + t.double() / self.last * (high - low)) ** self.rho
+        sigma: Tensor = (low + t.double() / self.last * (high - low)) ** self.rho
+        return sigma
 
 
 class Flow(Noise):

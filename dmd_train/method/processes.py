@@ -63,7 +63,7 @@ class Processes:
         fully_shard(module, mesh=mesh)
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """In place, the mean over processes: the gradient of the whole batch."""
+        """Gradients become their mean over processes, in place: that of the whole batch."""
         if self.count == 1 or self.is_sharded:  # a sharded backward averages itself
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -74,7 +74,7 @@ class Processes:
             gradient.div_(self.count)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over processes."""
+        """The mean of each value over processes."""
         if self.count > 1:
             dist.all_reduce(values)
             values = values / self.count
@@ -100,7 +100,8 @@ def _is_spread(value: Tensor) -> bool:
 
 def whole(value: Any) -> Tensor:
     """A tensor as it is, or put together again from all processes; all must ask."""
-    return value.full_tensor() if _is_spread(value) else value
+    together: Tensor = value.full_tensor() if _is_spread(value) else value
+    return together
 
 
 def as_spread(value: Tensor, like: Any) -> Tensor:

@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     """The teacher's guidance during training. It is in the weights: sample without guidance."""
     teacher: str = "unknown"
     teacher_sha256: str = ""
-    """Of the teacher's file; empty where the student is somebody else's."""
+    """SHA-256 of the teacher's file; empty where the student is somebody else's."""
     license: str = "unknown"
 
     @field_validator("timesteps")

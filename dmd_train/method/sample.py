@@ -124,7 +124,7 @@ def sample_scheduler(
         trained_betas=betas.numpy(), prediction_type="epsilon", **settings
     )
     scheduler.set_timesteps(steps, device=z.device)
-    x = z * scheduler.init_noise_sigma
+    x: Tensor = z * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         x_t = scheduler.scale_model_input(x, timestep)
         t = timestep.long().expand(len(x))
@@ -138,7 +138,7 @@ def sample_scheduler(
 def sample_teacher(
     network: Network, z: Tensor, condition: Condition, sampler: str, steps: int, guidance: float
 ) -> Tensor:
-    """By name; see Config.pair_sampler. Raises UserError if the network has no such sampler."""
+    """x0 by the sampler of that name (Config.pair_sampler). Raises UserError if there is none."""
     if isinstance(network.noise, VP):
         return sample_scheduler(network, z, condition, sampler, steps, guidance)
     is_flow = isinstance(network.noise, Flow)
@@ -161,7 +161,7 @@ reference code of SD3.5 (Stability-AI/sd3.5, sd3_infer.py) names for SD3 medium 
 def draw(
     network: Network, recipe: Recipe | None, noise: list[Tensor], condition: Condition
 ) -> Tensor:
-    """By the student's recipe; a teacher, which has none, as its kind is usually sampled."""
+    """x0 by the student's recipe; of a teacher, which has none, as its kind is usually sampled."""
     if recipe:
         return sample_student(network, recipe, condition, noise)
     return sample_teacher(network, noise[0], condition, *USUAL[type(network.noise)])

@@ -17,6 +17,7 @@ class EDMNetwork(Network):
 
     prediction = "edm"
     noise: EDM
+    classes: int
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def _files(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Checkpoints, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
@@ -65,6 +65,11 @@ class RunFolder:
         self.config = config
         self.notes: list[str] = []
         self._lock = FileLock(self.path / ".lock")
+
+    @property
+    def too_large(self) -> str:
+        """What to say where memory ends before the first step."""
+        return f"{self.path}: out of memory before the first step. {self.config.smaller}"
 
     @property
     def samples(self) -> Path:

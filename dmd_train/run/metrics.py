@@ -1,21 +1,24 @@
 """Numbers of a sampler: distance to the data, diversity, milliseconds an image."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..data.conditions import Classes
+from ..files.write import write_text
+from ..method.network import Network
 from ..method.recipe import Recipe
 from ..method.sample import HEUN_STEPS, draw
 from ..method.seeding import generator, randn
 from ..networks.digits import Digits, digits
-from ..networks.edm import EDMNetwork
 
 SAMPLES = 2000
 CHUNK = 500
@@ -84,13 +87,14 @@ def ms_per_image(sample: Callable[[int], Tensor], batch: int, repeats: int) -> f
 
 
 def measure_digits(
-    network: EDMNetwork, recipe: Recipe | None, seed: int, progress: Progressed
+    network: Network, recipe: Recipe | None, seed: int, progress: Progressed
 ) -> SamplerNumbers:
     """A digits sampler's numbers on SAMPLES fresh images with balanced classes.
 
     Images are clamped to [-1, 1], as a viewer does. `progress` is told the stages
     completed, of MEASURE_STAGES.
     """
+    assert network.classes
     classes, device = Classes(network.classes), network.device
     nfe = recipe.nfe if recipe else HEUN_NFE
 
@@ -116,3 +120,17 @@ def measure_digits(
     )
     progress(completed=MEASURE_STAGES)
     return numbers
+
+
+def summary(teacher: SamplerNumbers, student: SamplerNumbers) -> dict[str, Any]:
+    """What summary.json holds."""
+    return {
+        "teacher": asdict(teacher),
+        "student": asdict(student),
+        "speedup_batch_1": teacher.ms_per_image_batch_1 / student.ms_per_image_batch_1,
+        "speedup_batch_64": teacher.ms_per_image_batch_64 / student.ms_per_image_batch_64,
+    }
+
+
+def save_summary(path: Path, numbers: dict[str, Any]) -> None:
+    write_text(path, json.dumps(numbers, indent=2) + "\n")

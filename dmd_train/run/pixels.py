@@ -1,10 +1,14 @@
 """Sheets of pictures: tensors as pixels, pictures in a grid, grids under captions."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ..files.write import write_atomically
 
 COLUMNS = 10
 """Pictures in a row of a sheet: ten classes."""
@@ -57,3 +61,8 @@ def stack(rows: list[tuple[str, Image.Image]]) -> Image.Image:
         sheet.paste(image, (0, top + label))
         top += label + image.height
     return sheet
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    """PNG, atomically."""
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))

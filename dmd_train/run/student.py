@@ -64,5 +64,5 @@ def write_weights(
 def write_student(
     path: Path, student: Network, recipe: Recipe, tensors: dict[str, Tensor] | None = None
 ) -> None:
-    """Over an older student of the same run: a LoRA, or the network's weights (`tensors`)."""
+    """The student of a run, over an older one: a LoRA, or the network's weights (`tensors`)."""
     write_weights(path, tensors or student.file_tensors(), recipe, student, student.file_dtype)

@@ -14,14 +14,14 @@ from ..errors import UserError
 
 
 def require_trackers(config: Config) -> None:
-    """Raises UserError for one that is not installed."""
+    """Refusal, a UserError, of a tracker that is not installed."""
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed. Run: pip install {name}")
 
 
 class Trackers:
-    """Those of config.trackers; none is the usual case."""
+    """The trackers of config.trackers; none is the usual case."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.accelerator: Any = None

@@ -1,8 +1,8 @@
 """What the commands share: the progress bar, and the stop that is asked for by a signal."""
 
 import signal
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -12,14 +12,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from ..distil import LOG_EVERY, StepReport
+from ..distil import StepReport
 from ..method.processes import Processes
+from ..prepare import Doing
 from ..run.folder import RunFolder
+from ..run.journal import LOG_EVERY
 
 console = Console(markup=False)
 
@@ -51,7 +54,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def exit(self) -> NoReturn:
-        """With the code of the signal that asked; another process's is taken for Ctrl-C."""
+        """Exit with the code of the signal that asked; another process's is taken for Ctrl-C."""
         raise typer.Exit(128 + (self.signal or signal.SIGINT))
 
 
@@ -67,6 +70,26 @@ def bar() -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
     )
+
+
+@contextmanager
+def told(stop: StopRequest) -> Iterator[Callable[[Doing], None]]:
+    """A bar for each part of a preparation. Exits once a stop is asked for."""
+    with bar() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(doing: Doing) -> None:
+            what, done, total, note = doing
+            if note:
+                progress.console.print(note, soft_wrap=True)
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total, note="")
+            progress.update(tasks[what], completed=done)
+            if stop.signal and done < total:
+                console.print(f"{what}: {done} of {total} kept; the same command goes on.")
+                stop.exit()
+
+        yield tell
 
 
 def watch(

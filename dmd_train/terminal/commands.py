@@ -13,7 +13,6 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .. import networks
@@ -23,18 +22,16 @@ from ..distil import distil
 from ..errors import UserError
 from ..files.write import write_atomically, write_latent
 from ..method.network import Condition
-from ..method.objectives import Regression
 from ..method.processes import Processes
 from ..method.sample import draw, step_noise
 from ..networks import Loaded
-from ..networks.edm import EDMNetwork
-from ..prepare import make_conditions, make_run_pairs, regression_distance, require_possible
-from ..presets import PRESETS
+from ..plan import measure
+from ..prepare import carried_out, make_conditions, make_run_pairs, prepare, require_possible
 from ..run.folder import RunFolder
-from ..run.pixels import grid, picture
-from ..run.report import SampleSheet, save_curves, save_picture
-from ..run.student import one_step_recipe
-from .bar import STOPPED, StopRequest, bar, console, watch
+from ..run.pixels import grid, picture, save_picture
+from ..run.sample_sheet import SampleSheet
+from .bar import STOPPED, StopRequest, bar, console, told, watch
+from .tables import numbers_table, plan_table, preset_tables
 
 app = typer.Typer(
     add_completion=False,
@@ -91,13 +88,11 @@ def train(
             console.print(said, soft_wrap=True)
             return
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
-        _train(
-            run,
-            processes,
-            shlex.join(again + [part for value in set_ or [] for part in ("--set", value)]),
-        )
+        again += [part for value in set_ or [] for part in ("--set", value)]
+        loaded = _train(run, processes, shlex.join(again))
         console.print(f"{run.path}: finished. Next:", soft_wrap=True)
-        console.print(_next_command(run), soft_wrap=True)
+        next_ = _export_command(run) if loaded.text else _sample_command(run.student)
+        console.print(next_, soft_wrap=True)
 
 
 @app.command()
@@ -112,20 +107,17 @@ def pairs(
     config = load_config(run_yaml, set_ or [])
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
-        conditions = make_conditions(run, loaded, processes, stop)
-        made = make_run_pairs(run, loaded, conditions, processes, stop)
-        console.print(f"{run.pairs}: {len(made)} pairs", soft_wrap=True)
+        require_possible(config, loaded)
+        with told(stop) as tell:
+            conditions = carried_out(make_conditions(run, loaded, processes), tell)
+            carried_out(make_run_pairs(run, loaded, conditions, processes), tell)
+        console.print(f"{run.pairs}: {config.pairs} pairs", soft_wrap=True)
 
 
 @app.command()
 def presets() -> None:
     """Every preset's numbers, and where each comes from."""
-    for name, preset in PRESETS.items():
-        table = Table(title=f"{name}: {preset.about}", title_justify="left", title_style="bold")
-        for column in ("setting", "value", "source"):
-            table.add_column(column)
-        for key, choice in preset.choices.items():
-            table.add_row(key, str(choice.value), choice.source)
+    for table in preset_tables():
         console.print(table)
 
 
@@ -135,8 +127,6 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """What a run will train, take and cost here, measured on three iterations. Writes nothing."""
-    from ..plan import measure, plan_table
-
     config = load_config(run_yaml, set_ or [])
     _set_threads(config)
     with console.status("three iterations"):
@@ -183,7 +173,7 @@ def sample(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same pictures; as in KSampler.")
+        int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same pictures; as in ComfyUI.")
     ] = 0,
     base: Annotated[
         Path | None, typer.Option(help="The checkpoint that a LoRA or a UNet was made from.")
@@ -191,7 +181,7 @@ def sample(
 ) -> None:
     """Draw images from a file, in as many steps as the file itself says.
 
-    A .npy holds (N, C, H, W) float32 in [-1, 1]; a .latent what ComfyUI's LoadLatent opens.
+    A .npy holds (N, C, H, W) float32 in [-1, 1]; a .latent what ComfyUI opens.
     """
     if out.suffix not in (".png", ".npy", ".latent", ""):
         raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
@@ -221,7 +211,7 @@ def _condition(
         return loaded.text.encode(chosen)
     if prompts:
         raise UserError(f"{file} draws classes, not prompts: --class 7.")
-    assert isinstance(loaded.network, EDMNetwork)
+    assert loaded.network.classes
     classes = Classes(loaded.network.classes)
     if class_ is None:
         rows = classes.balanced(count)
@@ -292,38 +282,31 @@ def _set_threads(config: Config) -> None:
 
 
 def _teacher(config: Config, processes: Processes) -> Loaded:
-    """Raises UserError for a run that cannot be, such as one by another family's preset."""
     with console.status("teacher"):
-        loaded = networks.load_teacher(config, processes.device)
-    require_possible(config, loaded)
-    return loaded
+        return networks.load_teacher(config, processes.device)
 
 
-def _train(run: RunFolder, processes: Processes, again: str) -> None:
+def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
     """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
-    config = run.config
-    loaded = _teacher(config, processes)
-    recipe = one_step_recipe(loaded, config)
-    regression = Regression(regression_distance(config, loaded.network))
+    from ..run.curves import save_curves
+
+    loaded = _teacher(run.config, processes)
     with StopRequest() as stop:
-        conditions = make_conditions(run, loaded, processes, stop)
-        pairs = None
-        if config.needs_pairs:
-            pairs = make_run_pairs(run, loaded, conditions, processes, stop)
-        reports = distil(loaded.network, conditions, recipe, config, run, pairs, regression)
-        stopped = watch(reports, run, processes, stop)
+        with told(stop) as tell:
+            ready = carried_out(prepare(run, loaded, processes), tell)
+        stopped = watch(distil(ready), run, processes, stop)
     if not processes.is_main:
         raise typer.Exit(STOPPED if stopped else 0)
     save_curves(run.path / "curves.png", run.read_metrics())
     if stopped:
         console.print(f"{run.path}: stopped and saved. Go on with: {again}", soft_wrap=True)
         stop.exit()
+    return loaded
 
 
 def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
     """Print the file's numbers, beside its teacher's where that is embedded; keep them in `run`."""
-    from ..run.metrics import MEASURE_STAGES, measure_digits
-    from ..run.report import numbers_table, save_summary, summary
+    from ..run.metrics import MEASURE_STAGES, measure_digits, save_summary, summary
 
     if loaded.network.family != DIGITS:
         raise UserError(
@@ -338,7 +321,6 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
         for name, column in columns.items():
             task = progress.add_task(f"measure {name}", total=MEASURE_STAGES, note="")
             told = partial(progress.update, task)
-            assert isinstance(column.network, EDMNetwork)
             numbers[name] = measure_digits(column.network, column.recipe, seed, told)
     if run:
         save_summary(run.path / "summary.json", summary(numbers["teacher"], numbers["student"]))
@@ -348,9 +330,11 @@ def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
 def _contact_sheet(student: Loaded, run: RunFolder) -> Image.Image:
     assert student.recipe
     teacher = networks.load(run.config.teacher, student.network.device).network
-    assert isinstance(teacher, EDMNetwork)
+    assert teacher.classes
     classes = Classes(teacher.classes)
     sheet = SampleSheet(teacher, student.recipe, classes, run.config, count=4 * teacher.classes)
+    for _ in sheet.draw_teacher():
+        pass
     return sheet.draw(student.network)
 
 
@@ -368,11 +352,9 @@ def _sample_command(student: Path) -> str:
     return f"{PYTHON} -m dmd_train sample {file} --class 7 --count 16 --seed 0 --out seven.png"
 
 
-def _next_command(run: RunFolder) -> str:
-    if run.config.needs_prompts:
-        what = "lora" if run.config.training == "lora" else "unet"
-        return f"{PYTHON} -m dmd_train export {shlex.quote(str(run.path))} --as {what}"
-    return _sample_command(run.student)
+def _export_command(run: RunFolder) -> str:
+    what = "lora" if run.config.training == "lora" else "unet"
+    return f"{PYTHON} -m dmd_train export {shlex.quote(str(run.path))} --as {what}"
 
 
 def main(arguments: list[str] | None = None) -> None:

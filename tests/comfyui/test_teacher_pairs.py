@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dmd_train import networks
-from dmd_train.data.pairs import PairBatch, Pairs
+from dmd_train.data.pairs import PairBatch, StoredPairs
 from dmd_train.files.shards import ORIGIN_KEY, Shards
 from dmd_train.method.sample import sample_heun
 from dmd_train.networks import DIGITS_TEACHER
@@ -69,7 +69,7 @@ def refusal(server: Server, graph: Graph) -> str:
 
 
 def read(folder: Path) -> PairBatch:
-    pairs = Pairs(Shards(folder))
+    pairs = StoredPairs(Shards(folder))
     return pairs.take(torch.arange(len(pairs)), CPU)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd_train.config import Config, make_config
-from dmd_train.data.pairs import Pairs
+from dmd_train.data.pairs import Pairs, StoredPairs
 from dmd_train.files.shards import Shards
 from dmd_train.method.network import Condition, Network
 from dmd_train.method.noise import EDM, Noise, per_sample
@@ -160,7 +160,7 @@ class InMemory(Shards):
 def pairs_of(noise: Tensor, image: Tensor, row: Tensor) -> Pairs:
     """noise, image: (N, C, H, W); row: (N,) of the conditions."""
     seed = torch.arange(len(noise))
-    return Pairs(InMemory(seed=seed, row=row, noise=noise, image=image))
+    return StoredPairs(InMemory(seed=seed, row=row, noise=noise, image=image))
 
 
 def config(**values: Any) -> Config:

@@ -10,8 +10,8 @@ from kit.tiny_sd import SHAPE, Texts, tiny_sd
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dmd_train.distil import Distillation
 from dmd_train.errors import UserError
+from dmd_train.iteration import Distillation
 from dmd_train.method.adapters import Adapters, kohya_name, merge_lora
 from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.method.recipe import Recipe

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from unit.conftest import Command
 
-from dmd_train.distil import make_roles
 from dmd_train.errors import UserError
 from dmd_train.method.processes import Processes
+from dmd_train.prepare import make_roles
 
 ROOT = Path(__file__).parents[2]
 RUN = {

@@ -14,7 +14,7 @@ from kit.tiny import Bare, Exact, RawMLP, config, drawn, pairs_of, recipe
 from torch import Tensor, nn
 
 from dmd_train.data.conditions import Classes
-from dmd_train.distil import Distillation
+from dmd_train.iteration import Distillation
 from dmd_train.learner import Learner
 from dmd_train.method.network import Condition
 from dmd_train.method.noise import EDM

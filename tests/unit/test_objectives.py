@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from kit.tiny import Exact, Recorded, constant, drawn, edm_mlp, gaussian, labels
+from kit.tiny import Exact, Recorded, config, constant, drawn, edm_mlp, gaussian, labels
 from torch import Tensor, nn
 
 from dmd_train import networks
@@ -14,12 +14,12 @@ from dmd_train.method.noise import EDM, VP, Flow, Noise
 from dmd_train.method.objectives import (
     Denoising,
     DistributionMatching,
-    Regression,
     draw_timesteps,
     pseudo_huber,
     with_gradient,
 )
 from dmd_train.networks.edm import EDMNetwork
+from dmd_train.prepare import regression_distance
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4)
@@ -318,7 +318,7 @@ def test_distribution_matching_sends_gradient_to_the_samples_alone() -> None:
 
 def test_regression_is_the_mean_squared_distance_to_the_teachers_image() -> None:
     x, y = randn(4, *SHAPE).requires_grad_(), randn(4, *SHAPE, seed=1)
-    loss = Regression()(x, y)
+    loss = regression_distance(config(), edm_mlp(SHAPE))(x, y)
     loss.backward()
     torch.testing.assert_close(loss.detach(), (x.detach() - y).square().sum() / x.numel())
     torch.testing.assert_close(x.grad, 2 * (x.detach() - y) / x.numel())

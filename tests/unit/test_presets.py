@@ -1,7 +1,7 @@
 """Which preset is for which model."""
 
 import pytest
-from kit.tiny import config, constant
+from kit.tiny import constant
 
 from dmd_train.config import Config, make_config
 from dmd_train.errors import UserError
@@ -39,9 +39,8 @@ def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
         require_possible(of_preset("sd2-one-step-lora"), model_of("sdxl"))
 
 
-def test_the_preset_for_any_model_needs_prompts_and_no_pairs_and_gives_a_lora() -> None:
+def test_the_preset_for_any_model_needs_no_pairs_and_gives_a_lora() -> None:
     whole = of_preset("any-one-step-lora")
-    assert whole.needs_prompts and not whole.needs_pairs
+    assert not whole.needs_pairs
     assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
     assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
-    assert not config().needs_prompts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmd_train.data.conditions import Classes
 from dmd_train.data.pairs import Pairs
-from dmd_train.distil import Distillation
+from dmd_train.iteration import Distillation
 from dmd_train.learner import Learner, StudentEMA
 from dmd_train.method.network import Condition
 from dmd_train.method.processes import Processes
@@ -200,9 +200,9 @@ def test_the_students_samples_are_the_recipes_one_step_from_scaled_noise() -> No
 def test_the_pairs_of_an_update_are_a_batch_of_their_own_size() -> None:
     state = distillation(pair_batch_size=5, critic_updates=1)
     seen: list[tuple[Tensor, Tensor]] = []
-    regression = state.regression
-    state.regression = lambda x_ref, y_ref: (  # type: ignore[assignment]
-        seen.append((x_ref.detach(), y_ref)) or regression(x_ref, y_ref)
+    distance = state.distance
+    state.distance = lambda x_ref, y_ref: (
+        seen.append((x_ref.detach(), y_ref)) or distance(x_ref, y_ref)
     )
     before = state.roles.student.network.copy()
     pairs = some_pairs()

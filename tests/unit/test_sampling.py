@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmd_train.config import Config
 from dmd_train.data.conditions import Classes
-from dmd_train.data.pairs import Pairs, make_pairs, origin_of, teacher_sample
+from dmd_train.data.pairs import Pairs, StoredPairs, make_pairs, origin_of, teacher_sample
 from dmd_train.errors import UserError
 from dmd_train.files.shards import Shards
 from dmd_train.method.noise import EDM, VP, Flow, Noise
@@ -205,7 +205,9 @@ def test_pairs_of_one_seed_are_the_same_files_and_of_another_seed_others(tmp_pat
 def test_the_image_of_a_pair_is_deterministic_heun_from_its_own_noise_in_half_precision(
     tmp_path: Path, guidance: float
 ) -> None:
-    row, noise, image = whole(Pairs(Shards(pairs_folder(tmp_path, "pairs", guidance=guidance))))
+    row, noise, image = whole(
+        StoredPairs(Shards(pairs_folder(tmp_path, "pairs", guidance=guidance)))
+    )
     assert noise.shape == image.shape == (20, *SHAPE)
     assert noise.dtype == image.dtype == torch.float32
     assert noise.flatten(1).unique(dim=0).shape[0] == 20
@@ -217,7 +219,7 @@ def test_the_image_of_a_pair_is_deterministic_heun_from_its_own_noise_in_half_pr
 
 
 def test_a_batch_of_pairs_keeps_noise_image_and_condition_together(tmp_path: Path) -> None:
-    pairs = Pairs(Shards(pairs_folder(tmp_path, "pairs")))
+    pairs = StoredPairs(Shards(pairs_folder(tmp_path, "pairs")))
     numbers = pairs.draw(50, torch.Generator().manual_seed(0))
     batch = pairs.take(numbers, CPU)
     condition = Classes(3).take(batch.row, CPU)
@@ -231,13 +233,13 @@ def test_a_pair_is_the_same_whatever_it_is_made_together_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards of 4 in batches of 3, and one of 20 in batches of 5; the first 9 and all 20."""
-    row, noise, image = whole(Pairs(Shards(pairs_folder(tmp_path, "pairs"))))
+    row, noise, image = whole(StoredPairs(Shards(pairs_folder(tmp_path, "pairs"))))
     monkeypatch.setattr("dmd_train.data.pairs.BYTES", 1)
     settings = config(pairs=9, pair_steps=4, pair_batch_size=3)
     path = tmp_path / "few"
     list(made_in(path, settings))
     assert len(list(path.iterdir())) == 3
-    few_rows, few_noise, few_image = whole(Pairs(Shards(path)))
+    few_rows, few_noise, few_image = whole(StoredPairs(Shards(path)))
     assert torch.equal(few_rows, row[:9])
     assert torch.equal(few_noise, noise[:9])
     torch.testing.assert_close(few_image, image[:9], rtol=2**-10, atol=1e-5)
@@ -257,7 +259,7 @@ def test_pairs_are_made_by_any_sampler_that_is_told_the_rows_and_the_first_numbe
     made = make_pairs(tmp_path, 10, 0, SHAPE, Classes(3), 3, "halved", halved)
     assert list(made) == [4, 8, 10]
     assert batches == [(0, 3, 3), (3, 1, 1), (4, 3, 3), (7, 1, 1), (8, 2, 2)]
-    row, noise, image = whole(Pairs(Shards(tmp_path)))
+    row, noise, image = whole(StoredPairs(Shards(tmp_path)))
     torch.testing.assert_close(image, noise / 2 + row.view(-1, 1, 1, 1), rtol=2**-10, atol=1e-5)
 
 

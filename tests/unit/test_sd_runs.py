@@ -22,19 +22,18 @@ from kit.sd_files import COLOURED_DIGITS, Tiny, micro_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmd_train import networks, plan, prepare
+from dmd_train import networks, plan
 from dmd_train.config import Config, load_config
 from dmd_train.data import pairs, prompts
-from dmd_train.distil import Distillation, StepReport, distil, make_roles
+from dmd_train.distil import StepReport, distil
 from dmd_train.files import write as files
 from dmd_train.files.write import hash_of, read_safetensors
-from dmd_train.method.processes import Processes
+from dmd_train.iteration import Distillation
 from dmd_train.method.recipe import read_recipe
 from dmd_train.networks.text import TextEncoder
+from dmd_train.prepare import carried_out, make_roles, prepare
 from dmd_train.presets import PRESETS
 from dmd_train.run.folder import RunFolder
-from dmd_train.run.student import one_step_recipe
-from dmd_train.terminal import bar as terminal
 from dmd_train.terminal import commands as cli
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +96,7 @@ def write(tmp_path: Path, micro: Tiny) -> Write:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second of drawing at the end of each run; the runs of the presets have it."""
-    monkeypatch.setattr(cli, "save_curves", lambda *_: None)
+    monkeypatch.setattr("dmd_train.run.curves.save_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -260,11 +259,9 @@ def test_iterations_move_critic_and_student_and_nothing_of_the_teacher(
     network: Any = loaded.network
     parts = [network.module, network.decoder, *loaded.text.modules]
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
-    with RunFolder(config) as run, terminal.StopRequest() as stop:
-        conditions = prepare.make_conditions(run, loaded, Processes(CPU), stop)
-        made = prepare.make_run_pairs(run, loaded, conditions, Processes(CPU), stop)
-        recipe = one_step_recipe(loaded, config)
-        distillation = Distillation(make_roles(network, config), recipe, conditions, config)
+    with RunFolder(config) as run:
+        ready = carried_out(prepare(run, loaded), lambda _: None)
+        distillation, made = ready.state, ready.pairs
         roles = distillation.roles
         start = {
             name: {k: v.detach().clone() for k, v in getattr(roles, name).parameters.items()}
@@ -395,10 +392,7 @@ def test_a_stopped_lora_run_goes_on_to_bit_identical_weights(
 def reports_of(config: Config, run: RunFolder) -> Iterator[StepReport]:
     """As `train` has them."""
     loaded = networks.load_teacher(config, CPU)
-    with terminal.StopRequest() as stop:
-        conditions = prepare.make_conditions(run, loaded, Processes(CPU), stop)
-    recipe = one_step_recipe(loaded, config)
-    return distil(loaded.network, conditions, recipe, config, run)
+    return distil(carried_out(prepare(run, loaded), lambda _: None))
 
 
 def test_checkpoints_deleted_while_a_run_goes_on_are_written_again(

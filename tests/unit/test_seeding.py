@@ -9,8 +9,8 @@ from kit.tiny import config, edm_mlp, pairs_of, recipe
 from torch import Tensor
 
 from dmd_train.data.conditions import Classes
-from dmd_train.distil import Distillation
 from dmd_train.errors import UserError
+from dmd_train.iteration import Distillation
 from dmd_train.method.network import Condition
 from dmd_train.method.objectives import Denoising
 from dmd_train.method.processes import Processes

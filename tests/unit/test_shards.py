@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmd_train import networks
 from dmd_train.config import load_config
-from dmd_train.data.pairs import Pairs, shard_size
+from dmd_train.data.pairs import StoredPairs, shard_size
 from dmd_train.errors import UserError
 from dmd_train.files import shards
 from dmd_train.files.shards import ORIGIN_KEY, Shards, make_shards
@@ -156,7 +156,7 @@ def test_a_seed_that_occurs_twice_in_the_pairs_counts_once_as_its_first() -> Non
     value = torch.arange(6.0).view(6, 1, 1, 1)
     rows = torch.tensor([0, 1, 2, 0, 1, 2])
     twice = torch.tensor([7, 8, 7, 9, 8, 7])
-    pairs = Pairs(InMemory(seed=twice, row=rows, noise=value, image=-value))
+    pairs = StoredPairs(InMemory(seed=twice, row=rows, noise=value, image=-value))
     assert len(pairs) == 3
     batch = pairs.take(torch.arange(3), CPU)
     assert batch.noise.flatten().tolist() == [0, 1, 3]

@@ -1,0 +1,194 @@
+"""One iteration of DMD: the student's update, then the critic's (DMD algorithm 1, DMD2 4.2)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .config import Config
+from .data.conditions import Conditions
+from .data.pairs import Pairs
+from .learner import Learner, StudentEMA
+from .method.network import Condition
+from .method.objectives import Denoising, Distance, DistributionMatching
+from .method.processes import Processes
+from .method.recipe import Recipe
+from .method.roles import Roles
+from .method.sample import sample_student
+from .method.seeding import generator, randn
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Everything random of one update: of the whole batch, or of a part of it.
+
+    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,).
+    """
+
+    row: Tensor
+    z: Tensor
+    t: Tensor
+    eps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def split(self, size: int) -> Iterator["Draw"]:
+        """Micro-batches of `size`; 0: the whole."""
+        columns = (self.row, self.z, self.t, self.eps)
+        for part in zip(*(x.split(size or len(x)) for x in columns), strict=True):
+            yield Draw(*part)
+
+
+Part = TypeVar("Part", Draw, Tensor)
+
+
+class Distillation:
+    """The state of a run and one iteration of it.
+
+    distance: of the regression on pairs (DMD eq 9).
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        recipe: Recipe,
+        conditions: Conditions,
+        config: Config,
+        distance: Distance = functional.mse_loss,
+        processes: Processes | None = None,
+    ) -> None:
+        self.roles, self.recipe, self.conditions, self.config = roles, recipe, conditions, config
+        self.distance = distance
+        self.device = roles.teacher.network.device
+        self.processes = processes or Processes(self.device)
+        self.student = Learner(roles.student, config, self.processes)
+        self.critic = Learner(roles.critic, config, self.processes)
+        self.ema = StudentEMA(roles.student.parameters, config.ema_decay)
+        self.distribution_matching = DistributionMatching(
+            roles.teacher.network, roles.critic.network, config.guidance, config.t_min, config.t_max
+        )
+        self.denoising = Denoising(roles.critic.network)
+        if config.gradient_checkpointing:
+            for role in (roles.critic, roles.student):
+                role.network.checkpoint_gradients()
+
+    def iteration(self, step: int, pairs: Pairs | None) -> dict[str, Tensor]:
+        """Losses and gradient norms, by name, of student update `step` (from 0) and the critic's.
+
+        The first critic update uses the very samples the student was just updated on. In the
+        warm-up the student learns from pairs alone (DMD2 4.5), and the critic waits.
+        """
+        values: dict[str, Tensor] = {}
+        warming_up = step < self.config.regression_warmup_steps
+        if not warming_up:
+            draw = self._draw(self.distribution_matching, step, "student")
+            matching, samples = self._match(draw)
+            values["student/distribution_matching"] = matching
+        if pairs is not None and (warming_up or self.config.regression_weight > 0):
+            weight = 1.0 if warming_up else self.config.regression_weight
+            values["student/regression"] = self._regress(step, pairs, weight)
+        values["student/gradient_norm"] = self.student.update(step)
+        self.ema.update(step)
+        if warming_up:
+            return values
+
+        for update in range(self.config.critic_updates):
+            noised = self._draw(self.denoising, step, f"critic {update}")
+            if update == 0:
+                noised = replace(noised, row=draw.row)
+                values["critic/denoising"] = self._denoise(noised, samples)
+            else:
+                values["critic/denoising"] = self._denoise(noised)
+            values["critic/gradient_norm"] = self.critic.update(step)
+        return values
+
+    def _draw(self, objective: DistributionMatching | Denoising, step: int, purpose: str) -> Draw:
+        gen = generator(self.device, self.config.seed, step, purpose)
+        rows = generator(torch.device("cpu"), self.config.seed, step, purpose, "conditions")
+        shape = torch.Size((self.config.batch_size, *self.roles.student.network.shape))
+        row, z = self.conditions.rows(shape[0], rows), randn(shape, gen)
+        return Draw(*(self.processes.part(x) for x in (row, z, *objective.draw(shape, gen))))
+
+    def _generate(self, noise: Tensor, condition: Condition) -> Tensor:
+        return sample_student(self.roles.student.network, self.recipe, condition, [noise])
+
+    def _match(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the distribution matching. Returns its value, and the samples."""
+        samples: list[Tensor] = []
+
+        def loss(part: Draw) -> Tensor:
+            condition = self.conditions.take(part.row, self.device)
+            x = self._generate(part.z, condition)
+            samples.append(x.detach())
+            return self.distribution_matching(x, condition, part.t, part.eps)
+
+        return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss), samples
+
+    def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
+        """Gradients of weight times the regression. Returns its value, without the weight."""
+        gen = generator(torch.device("cpu"), self.config.seed, step, "pairs")
+        numbers = self.processes.part(pairs.draw(self.config.pair_batch_size, gen))
+
+        def loss(part: Tensor) -> Tensor:
+            ref = pairs.take(part, self.device)
+            x_ref = self._generate(ref.noise, self.conditions.take(ref.row, self.device))
+            return self.distance(x_ref, ref.image)
+
+        parts = numbers.split(self.config.micro_batch_size or len(numbers))
+        return self._accumulate(parts, len(numbers), loss, weight)
+
+    def _denoise(self, draw: Draw, samples: list[Tensor] | None = None) -> Tensor:
+        """Gradients of the critic's loss on `samples`, or on fresh ones. Returns its value."""
+        given = iter(samples or ())
+
+        def loss(part: Draw) -> Tensor:
+            condition = self.conditions.take(part.row, self.device)
+            if samples is None:
+                with torch.no_grad():
+                    x = self._generate(part.z, condition)
+            else:
+                x = next(given)
+            return self.denoising(x, condition, part.t, part.eps)
+
+        return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss)
+
+    def _accumulate(
+        self,
+        parts: Iterable[Part],
+        whole: int,
+        loss: Callable[[Part], Tensor],
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Gradients of weight times the mean of `loss` over a batch of `whole`, part by part.
+
+        Returns the mean, without the weight.
+        """
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            mean = loss(part) * (len(part) / whole)
+            torch.autograd.backward(weight * mean)
+            total += mean.detach()
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a run needs to go on, flat."""
+        parts = {
+            "student": self.student.tensors(),
+            "critic": self.critic.tensors(),
+            "ema": self.ema.average,
+        }
+        return {f"{part}/{k}": v for part, flat in parts.items() for k, v in flat.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        def part(name: str) -> dict[str, Tensor]:
+            prefix = f"{name}/"
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.student.restore(part("student"))
+        self.critic.restore(part("critic"))
+        for name, value in part("ema").items():
+            self.ema.average[name].copy_(value)
