@@ -29,14 +29,13 @@ from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction
 from .class_label import LABEL
 from .conditioning import rows_of
 from .edm_model import EDMModel
+from .fingerprint import DIFFUSION_MODEL
+from .latents import downscale_of, preview_colours, require_pictures
 from .model_recipe import family_of, native_size
 from .wired import Wired
 
-DIFFUSION_MODEL = "diffusion_model."
-"""What a MODEL puts before the names of its network's weights."""
-
 BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
-"""Of a transformer, the layers that adapters go on: those of its blocks that mix tokens."""
+"""Layers of a transformer that adapters go on: those of its blocks that mix tokens."""
 
 NEGATIVE = -1
 """The row that stands for the negative condition."""
@@ -112,8 +111,13 @@ def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) 
         if name.startswith(DIFFUSION_MODEL):
             comfy.utils.set_attr(network, name.removeprefix(DIFFUSION_MODEL), copy.deepcopy(patch))
     if getattr(network, "dtype", None) in FULL_PRECISION:
-        network.dtype = dtype
+        _compute_in(network, dtype)
     return network
+
+
+def _compute_in(network: Any, dtype: torch.dtype) -> None:
+    """Sets what ComfyUI casts the network's inputs to."""
+    network.dtype = dtype
 
 
 class CanvasNetwork(Network):
@@ -134,11 +138,10 @@ class CanvasNetwork(Network):
         own = copy.deepcopy(model.get_model_object("model_sampling"))
         self.sigma_data = float(getattr(own, "sigma_data", 0.5))
         self.latent_format = model.get_model_object("latent_format")
-        self.downscale = getattr(self.latent_format, "spacial_downscale_ratio", 8)
+        self.downscale = downscale_of(self.latent_format)
         size = (config.resolution or native_size(model)) // self.downscale
         self.shape = (self.latent_format.latent_channels, size, size)
-        if getattr(self.latent_format, "latent_dimensions", 2) != 2:
-            raise UserError(f"model: {self.family} makes no single pictures. Wire an image model.")
+        require_pictures(model)
         self.vae = wired.vae
         if self.vae is not None and self.vae.latent_channels != self.shape[0]:
             raise UserError(
@@ -161,7 +164,7 @@ class CanvasNetwork(Network):
         self.base.manual_cast_dtype = dtype if self.is_quantised else None
         self.module = patched_copy(model, device, dtype)
         self.options = model.model_options.get("transformer_options", {})
-        self.call = model.model_options.get("model_function_wrapper", _plainly)
+        self.call = call_of(model)
         known = TOLD_PROMPTS.get(self.family)
         self.names = _diffusers_names(model) if known else {}
         self.lora_targets = known.lora_layers if known else BLOCK_LAYERS
@@ -193,7 +196,8 @@ class CanvasNetwork(Network):
 
     @property
     def module(self) -> nn.Module:
-        return self.base.diffusion_model
+        module: nn.Module = self.base.diffusion_model
+        return module
 
     @module.setter
     def module(self, module: nn.Module) -> None:
@@ -264,25 +268,20 @@ class CanvasNetwork(Network):
 
     @torch.no_grad()
     def to_images(self, x0: Tensor) -> Tensor:
-        """By the VAE; without one, by the latent format's own preview colours."""
+        """The VAE's pictures; without one, the latent format's own preview colours."""
         if self.vae is not None:
             with torch.inference_mode():
-                pixels = self.vae.decode(self.latent_format.process_out(x0.float().cpu()))
+                latents = self.latent_format.process_out(x0.float().cpu())
+                pixels: Tensor = self.vae.decode(latents)
             return pixels.clone().movedim(-1, 1).reshape(len(x0), -1, *pixels.shape[-3:-1]) * 2 - 1
-        factors = self.latent_format.latent_rgb_factors
-        if factors is None:
-            return (x0[:, :3] / 3).clamp(-1, 1)
-        bias = self.latent_format.latent_rgb_factors_bias
-        colours = torch.einsum("bchw,ck->bkhw", x0.float(), x0.new_tensor(factors).float())
-        if bias is not None:
-            colours = colours + x0.new_tensor(bias).float()[:, None, None]
-        return colours.clamp(-1, 1)
+        colours = preview_colours(self.latent_format, x0)
+        return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
 
     def freeze(self) -> None:
         super().freeze()
         if self.half and not self.is_quantised:
             self.module.to(torch.bfloat16)
-            self.module.dtype = torch.bfloat16
+            _compute_in(self.module, torch.bfloat16)
 
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         recompute = checkpoint or partial(torch_checkpoint, use_reentrant=False)
@@ -291,14 +290,14 @@ class CanvasNetwork(Network):
                 block.forward = partial(_recomputed, recompute, block.forward)
 
     def canonical_name(self, name: str) -> str:
-        """diffusers' where there is one, as a headless run has it."""
+        """The name in diffusers where there is one, as a headless run has it."""
         for ending in ("", ".weight", ".bias"):
             if name.endswith(ending) and (known := self.names.get(name.removesuffix(ending))):
                 return known + ending
         return name
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """By their names in a file of the whole diffusion model."""
+        """Weights under their names in a file of the whole diffusion model."""
         weights = self.module.state_dict()
         return dict(self.base.model_config.process_unet_state_dict_for_saving(weights))
 
@@ -359,14 +358,24 @@ def _diffusers_names(model: ModelPatcher) -> dict[str, str]:
     return {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in layer.items()}
 
 
-def _plainly(apply_model: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-    """Where no node has wrapped the MODEL's function."""
-    return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+Call = Callable[[Callable[..., Tensor], dict[str, Any]], Tensor]
+"""What calls a MODEL's network: (network, {"input", "timestep", "c"}) -> its estimate of x0."""
+
+
+def call_of(model: ModelPatcher) -> Call:
+    """What a node has wrapped around the MODEL's network; else the plain call."""
+
+    def plainly(network: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        return network(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    call: Call = model.model_options.get("model_function_wrapper", plainly)
+    return call
 
 
 def _differentiable_attention(_: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """torch's: not every fast one has a backward."""
-    return attention_pytorch(*args, **kwargs)
+    """Attention as torch computes it: not every fast one has a backward."""
+    mixed: Tensor = attention_pytorch(*args, **kwargs)
+    return mixed
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -1,7 +1,6 @@
 """DMD Class Label: the conditioning that tells a class-conditional model what to draw."""
 
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
@@ -20,11 +19,6 @@ def parse_labels(text: str) -> torch.Tensor:
         except ValueError:
             raise UserError(f"labels: '{part}' is no class; write 7, 0-9 or 1, 3, 5-7") from None
     return torch.tensor(labels or [NO_CLASS])
-
-
-def all_classes(model: ModelPatcher) -> list:
-    """The CONDITIONING of every class that a class-conditional MODEL knows."""
-    return [[None, {LABEL: torch.arange(model.model.classes)}]]
 
 
 class DMDClassLabel(io.ComfyNode):

@@ -7,23 +7,22 @@ from functools import partial
 from typing import Any
 
 import comfy.sample
-import comfy.samplers
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from comfy_api.latest import io, ui
-from latent_preview import Latent2RGBPreviewer
 from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.run.pixels import COLUMNS, grid, stack
-from .conditioning import rows_of
+from .canvas_network import call_of
+from .conditioning import Conditioning, rows_of
+from .latents import empty_latent, preview_colours
 from .model_recipe import family_of
 from .progress import EVERY, Progress, say
-from .sampling import empty_latent, needed_recipe, sample_by_recipe, side_inputs
-
-ONE_EVALUATION = {"steps": 1, "sampler_name": "euler", "scheduler": "simple"}
+from .sampling import StockSampler, needed_recipe, sample_by_recipe
+from .widgets import cfg_input, sampler_inputs, side_inputs, steps_input
 
 PICTURE_SIZE = 128
 """Smaller pictures are enlarged, by a whole factor, to at least this many pixels."""
@@ -65,34 +64,15 @@ class DMDCompare(io.ComfyNode):
                     max=100,
                     tooltip=f"Pictures of each model. 0: one a condition, at most {COLUMNS}.",
                 ),
-                io.Int.Input(
-                    "teacher_steps",
-                    default=30,
-                    min=1,
-                    max=1000,
-                    tooltip="Of the teacher; the student has its own number.",
+                steps_input(
+                    "teacher_steps", 1000, "Of the teacher; the student has its own number."
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Of the teacher. 1: no guidance, half the evaluations, no negative "
-                    "needed. The student has its guidance in its weights.",
+                cfg_input(
+                    1.0,
+                    "Of the teacher. 1: no guidance, half the evaluations, no negative needed. The "
+                    "student has its guidance in its weights.",
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="dpmpp_2m",
-                    tooltip="Of the teacher. heun for the digits.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="karras",
-                    tooltip="Of the teacher.",
-                ),
+                *sampler_inputs("Of the teacher. heun for the digits.", "Of the teacher."),
                 *side_inputs(),
                 io.Conditioning.Input(
                     "negative",
@@ -119,7 +99,7 @@ class DMDCompare(io.ComfyNode):
         cls,
         teacher: ModelPatcher,
         student: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         seed: int,
         count: int,
         teacher_steps: int,
@@ -128,7 +108,7 @@ class DMDCompare(io.ComfyNode):
         scheduler: str,
         width: int,
         height: int,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         recipe = needed_recipe(student)
@@ -143,23 +123,20 @@ class DMDCompare(io.ComfyNode):
         empty = empty_latent(student, width, height, count)
         empty = comfy.sample.fix_empty_latent_channels(student, empty)
         noise = comfy.sample.prepare_noise(empty, seed)
-        guided = partial(by_ksampler, negative=negative, cfg=cfg, seed=seed)
-        plain = partial(by_ksampler, negative=None, cfg=1.0, seed=seed)
+        by_teacher = StockSampler(teacher_steps, cfg, sampler_name, scheduler)
         rows = (
             measured(
                 Progress("teacher's step", count * teacher_steps, cls.hidden.unique_id),
                 Counted(teacher),
-                partial(guided, **ONE_EVALUATION),
-                partial(
-                    guided, steps=teacher_steps, sampler_name=sampler_name, scheduler=scheduler
-                ),
+                partial(one_evaluation(cfg).sample, negative=negative, seed=seed),
+                partial(by_teacher.sample, negative=negative, seed=seed),
                 noise,
                 prompts,
             ),
             measured(
                 Progress("student's step", count * recipe.nfe, cls.hidden.unique_id),
                 Counted(student),
-                partial(plain, **ONE_EVALUATION),
+                partial(one_evaluation(1.0).sample, seed=seed),
                 partial(sample_by_recipe, seed=seed),
                 noise,
                 prompts,
@@ -192,34 +169,9 @@ def require_alike(teacher: ModelPatcher, student: ModelPatcher) -> None:
         )
 
 
-def by_ksampler(
-    model: ModelPatcher,
-    noise: Tensor,
-    positive: list,
-    callback: Callable[..., None] | None = None,
-    *,
-    negative: list | None,
-    cfg: float,
-    seed: int,
-    steps: int,
-    sampler_name: str,
-    scheduler: str,
-) -> Tensor:
-    """What the stock KSampler makes of noise (B, C, H, W) in an empty latent, like noise."""
-    return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        positive,
-        negative or positive,  # at cfg 1 it is not evaluated
-        torch.zeros_like(noise),
-        callback=callback,
-        disable_pbar=True,
-        seed=seed,
-    )
+def one_evaluation(cfg: float) -> StockSampler:
+    """The shortest that has a MODEL loaded and compiled. cfg: as in what is measured."""
+    return StockSampler(1, cfg, "euler", "simple")
 
 
 @dataclass(frozen=True)
@@ -245,7 +197,7 @@ def measured(
     warm_up: Draw,
     draw: Draw,
     noise: Tensor,
-    prompts: list[list],
+    prompts: list[Conditioning],
 ) -> Row:
     """One picture at a time; `warm_up` has the model loaded and compiled before the clock runs.
 
@@ -279,13 +231,11 @@ class Counted:
     def __init__(self, model: ModelPatcher) -> None:
         self.evaluations = 0
         self.patcher = model.clone()
-        wrapper = model.model_options.get("model_function_wrapper")
+        call = call_of(model)
 
         def evaluate(network: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
             self.evaluations += len(arguments["input"])
-            if wrapper:
-                return wrapper(network, arguments)
-            return network(arguments["input"], arguments["timestep"], **arguments["c"])
+            return call(network, arguments)
 
         self.patcher.set_model_unet_function_wrapper(evaluate)
 
@@ -296,22 +246,18 @@ def how_much_faster(ratio: float) -> str:
 
 def decoded(latents: Tensor, vae: VAE) -> Tensor:
     """(N, C, h, w) -> pictures (N, 3, H, W) in [-1, 1]."""
-    return vae.decode(latents).movedim(-1, 1).float() * 2 - 1
+    pixels: Tensor = vae.decode(latents)
+    return pixels.movedim(-1, 1).float() * 2 - 1
 
 
 def previewed(latents: Tensor, model: ModelPatcher) -> Tensor:
     """(N, C, h, w) -> the colours (N, 3, h, w) in [-1, 1] that ComfyUI previews latents in."""
     latent_format = model.get_model_object("latent_format")
-    if latent_format.latent_rgb_factors is None:
+    colours = preview_colours(latent_format, latent_format.process_in(latents))
+    if colours is None:
         raise UserError(
             f"vae: the latents of this model ({family_of(model)}) have no preview colours: wire "
             "its VAE"
         )
-    previewer = Latent2RGBPreviewer(
-        latent_format.latent_rgb_factors,
-        latent_format.latent_rgb_factors_bias,
-        latent_format.latent_rgb_factors_reshape,
-    )
-    alone = latent_format.process_in(latents).split(1)
-    pixels = np.stack([np.asarray(previewer.decode_latent_to_preview(x)) for x in alone])
-    return torch.from_numpy(pixels).movedim(-1, 1) / 127.5 - 1
+    levels = ((colours + 1) / 2 * 255).byte()  # rounded down, as ComfyUI's previews are
+    return levels / 127.5 - 1

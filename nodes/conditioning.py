@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..dmd_train.errors import UserError
@@ -13,8 +14,11 @@ from .fingerprint import digest
 PROMPT = "dmd_prompt"
 """Where DMD Prompts leaves a condition's text, for a run to be written down by."""
 
+Conditioning = list[list[Any]]
+"""ComfyUI's CONDITIONING: entries [tensor (B, L, D) or None, options]."""
+
 Row = list[Any]
-"""[tensor (1, L, D) or None, options]: an entry of a CONDITIONING, of batch 1."""
+"""An entry of batch 1: one condition."""
 
 MORE = {
     "control": "a ControlNet",
@@ -26,7 +30,7 @@ MORE = {
 """What an entry may be beside a prompt -> its name in a message."""
 
 
-def rows_of(conditioning: list) -> list[Row]:
+def rows_of(conditioning: Conditioning) -> list[Row]:
     """Its conditions, one by one. Raises UserError for one that is more than a plain prompt."""
     rows = []
     for number, (tensor, options) in enumerate(conditioning, 1):
@@ -39,7 +43,7 @@ def rows_of(conditioning: list) -> list[Row]:
     return rows
 
 
-def joined(rows: Sequence[Row]) -> list[Row] | None:
+def joined(rows: Sequence[Row]) -> Conditioning | None:
     """A CONDITIONING of one entry with all the rows in it; None where they cannot be a batch.
 
     That is where their tensors are of different shapes, as those of a short and a long prompt,
@@ -56,12 +60,17 @@ def joined(rows: Sequence[Row]) -> list[Row] | None:
     return [[_together(tensors), {key: _together(values) for key, values in whole.items()}]]
 
 
+def all_classes(model: ModelPatcher) -> Conditioning:
+    """Every class that a class-conditional MODEL knows."""
+    return [[None, {LABEL: torch.arange(model.model.classes)}]]
+
+
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Names the conditions: SHA-256 over their tensors, texts and other options, hexadecimal."""
+    """A name of the conditions: SHA-256 over tensors, texts and other options, hexadecimal."""
     return digest(rows)
 
 
-def _require_plain(number: int, options: dict) -> None:
+def _require_plain(number: int, options: dict[str, Any]) -> None:
     found = [name for key, name in MORE.items() if options.get(key) is not None]
     if options.get("start_percent", 0.0) != 0 or options.get("end_percent", 1.0) != 1:
         found.append("a range of timesteps")

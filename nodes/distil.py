@@ -1,4 +1,4 @@
-"""DMD Distill and DMD Continue Run: the engine's own loop, iterated by a node."""
+"""DMD Distill and DMD Continue Run: their inputs and outputs, and the config these make."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..dmd_train.networks.load import DIGITS_TEACHER, load
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.presets import PRESETS, presets_for
 from ..dmd_train.run.folder import RunFolder
-from .class_label import all_classes
+from .conditioning import Conditioning, all_classes
 from .edm_model import edm_model
 from .model_files import PACK
 from .model_recipe import family_of
@@ -30,6 +30,7 @@ from .prompts import encode
 from .run import bring_to_its_end
 from .run_folders import name_of, run_folders, run_path
 from .teacher_pairs import TeacherPairs
+from .widgets import LORA_MODEL, LOSS_MAP, PAIRS
 from .wired import Wired, wired_file
 
 AUTO = "right for the model"
@@ -46,10 +47,10 @@ def _outputs() -> list[io.Output]:
         io.Model.Output(
             display_name="student", tooltip="One step: lcm, simple, cfg 1, any KSampler."
         ),
-        io.Custom("LORA_MODEL").Output(
+        LORA_MODEL.Output(
             display_name="lora", tooltip="The student as a LoRA, for Save LoRA Weights."
         ),
-        io.Custom("LOSS_MAP").Output(
+        LOSS_MAP.Output(
             display_name="loss",
             tooltip="For Plot Loss Graph: the regression where there is one, else the critic's. "
             "The distribution matching loss says nothing about progress.",
@@ -63,7 +64,7 @@ def _outputs() -> list[io.Output]:
 
 
 def _advanced_input() -> io.Input:
-    """Hidden until the user asks for advanced widgets."""
+    """A text field, hidden until the user asks for advanced widgets."""
     text = io.String.Input(
         "advanced",
         default="",
@@ -155,7 +156,7 @@ class DMDDistill(io.ComfyNode):
                     tooltip="What guidance leads away from: DMD Prompts' negative. Not needed at "
                     "guidance 1 and for classes.",
                 ),
-                io.Custom("DMD_PAIRS").Input(
+                PAIRS.Input(
                     "pairs",
                     optional=True,
                     tooltip="From DMD Teacher Pairs, for the regression. Without, a preset that "
@@ -174,7 +175,7 @@ class DMDDistill(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         preset: str,
         steps: int,
         resolution: int,
@@ -183,7 +184,7 @@ class DMDDistill(io.ComfyNode):
         seed: int,
         run: str,
         advanced: str,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
@@ -230,7 +231,7 @@ class DMDContinueRun(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="With model: the same negative."
                 ),
-                io.Custom("DMD_PAIRS").Input(
+                PAIRS.Input(
                     "pairs", optional=True, tooltip="With model: the same pairs, if there were any."
                 ),
                 io.Vae.Input(
@@ -253,8 +254,8 @@ class DMDContinueRun(io.ComfyNode):
         cls,
         run: str,
         model: ModelPatcher | None = None,
-        conditions: list | None = None,
-        negative: list | None = None,
+        conditions: Conditioning | None = None,
+        negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
@@ -299,7 +300,7 @@ def _preset(model: ModelPatcher) -> str:
 
 
 def _device(chosen: str) -> str:
-    """ComfyUI's, for the config."""
+    """ComfyUI's device, for the config. Raises UserError for one that does not train."""
     device = comfy.model_management.get_torch_device()
     if device.type not in ("cpu", "cuda"):
         raise UserError(
@@ -321,7 +322,8 @@ def _config(values: dict[str, Any], name: str, wired: Wired) -> Config:
         config = config.model_copy(update={"regression_weight": WIRED_PAIRS})
     config = config.model_copy(update=wired.names(config))
     if not name:
-        config = config.model_copy(update={"output": run_path(name_of(config, wired))})
+        named = name_of(config, wired.conditions_name)
+        config = config.model_copy(update={"output": run_path(named)})
         config = config.model_copy(update=wired.names(config))  # prompts lie in the folder
     return config
 

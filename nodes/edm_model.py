@@ -1,6 +1,6 @@
 """Class-conditional EDM networks as ordinary MODELs, and the VAE of pixels."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.latent_formats
@@ -13,6 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..dmd_train.errors import UserError
+from ..dmd_train.method.network import Network
 from ..dmd_train.networks.edm import EDMNetwork
 from .class_label import LABEL, NO_CLASS
 
@@ -43,22 +44,23 @@ class RawNetwork(torch.nn.Module):
         if y is None:
             raise UserError("this model draws classes: wire DMD Class Label, not a text prompt")
         if x.shape[1:] != self.shape:
-            _, height, width = self.shape
+            height, width = self.shape[1:]
             raise UserError(
                 f"this model draws {width} x {height} pixels, nothing else: set width and height "
                 "to 0, or wire DMD Empty Latent"
             )
-        return self.network(x, timesteps, y)
+        raw: torch.Tensor = self.network(x, timesteps, y)
+        return raw
 
 
 class EDMConfig(comfy.supported_models_base.BASE):
-    unet_extra_config: ClassVar[dict] = {}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
     memory_usage_factor = 0.1
-    supported_inference_dtypes: ClassVar[list] = [
+    supported_inference_dtypes: ClassVar[list[Any]] = [
         torch.float32
     ]  # fp16 diverges here (DMD2, ImageNet-64)
-    vae_key_prefix: ClassVar[list] = []
-    text_encoder_key_prefix: ClassVar[list] = []
+    vae_key_prefix: ClassVar[list[Any]] = []
+    text_encoder_key_prefix: ClassVar[list[Any]] = []
 
     def __init__(self, network: EDMNetwork) -> None:
         self.latent_format = lambda: Pixels(network.shape[0])
@@ -73,7 +75,7 @@ class EDMConfig(comfy.supported_models_base.BASE):
     def inpaint_model(self) -> bool:
         return False
 
-    def clip_target(self, state_dict: dict | None = None) -> None:
+    def clip_target(self, state_dict: dict[str, Any] | None = None) -> None:
         return None
 
 
@@ -87,7 +89,8 @@ class EDMSampling(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_s
         latent: torch.Tensor,
         max_denoise: bool = False,
     ) -> torch.Tensor:
-        return super().noise_scaling(sigma, noise, latent, max_denoise=False)
+        x_t: torch.Tensor = super().noise_scaling(sigma, noise, latent, max_denoise=False)
+        return x_t
 
 
 class EDMModel(comfy.model_base.BaseModel):
@@ -96,7 +99,7 @@ class EDMModel(comfy.model_base.BaseModel):
         self.model_sampling = EDMSampling(config)
         self.classes: int = config.unet_config["network"].classes
 
-    def extra_conds(self, **conditioning: torch.Tensor) -> dict:
+    def extra_conds(self, **conditioning: torch.Tensor) -> dict[str, Any]:
         if LABEL not in conditioning:
             return {}
         label = conditioning[LABEL]
@@ -108,8 +111,9 @@ class EDMModel(comfy.model_base.BaseModel):
         return {"y": comfy.conds.CONDRegular(label.to(conditioning["device"]))}
 
 
-def edm_model(network: EDMNetwork) -> ModelPatcher:
-    """The network as a MODEL that every stock sampler runs."""
+def edm_model(network: Network) -> ModelPatcher:
+    """A network of an EDM layout as a MODEL that every stock sampler runs."""
+    assert isinstance(network, EDMNetwork)
     config = EDMConfig(network)
     config.set_inference_dtype(torch.float32, None)
     return ModelPatcher(

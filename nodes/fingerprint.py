@@ -13,7 +13,8 @@ from torch import Tensor
 SAMPLED = 4096
 """Elements of a weight that its model's name depends on."""
 
-PREFIX = "diffusion_model."
+DIFFUSION_MODEL = "diffusion_model."
+"""What a MODEL puts before the names of its network's weights."""
 
 
 def digest(value: Any, most: int | None = None) -> str:
@@ -25,9 +26,9 @@ def digest(value: Any, most: int | None = None) -> str:
 
 
 def model_fingerprint(model: ModelPatcher) -> str:
-    """Names the MODEL's weights, the LoRAs and merges on them, its schedule and other patches.
+    """A name of the MODEL's weights, the LoRAs and merges on them, its schedule, other patches.
 
-    From a strided sample of each weight, as it is before patches, wherever the model is loaded.
+    Made from a strided sample of each weight as it is before patches, wherever it is loaded.
     """
     with model.use_ejected():
         weights = dict(model.model.diffusion_model.named_parameters())
@@ -37,8 +38,8 @@ def model_fingerprint(model: ModelPatcher) -> str:
     schedule = model.get_model_object("model_sampling")
     return digest(
         [
-            {key: kept.get(PREFIX + key, weight) for key, weight in weights.items()},
-            {key: value for key, value in model.patches.items() if key.startswith(PREFIX)},
+            {key: kept.get(DIFFUSION_MODEL + key, weight) for key, weight in weights.items()},
+            {key: value for key, value in model.patches.items() if key.startswith(DIFFUSION_MODEL)},
             [kind.__qualname__ for kind in type(schedule).__mro__],
             getattr(schedule, "sigmas", None),
             [sorted(model.object_patches), sorted(model.injections)],

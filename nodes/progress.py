@@ -18,7 +18,7 @@ EVERY_BAR = 0.1
 
 
 class Progress:
-    """Of `total` rounds of `what`, `done` of which were there before; shown on node `node_id`."""
+    """Bar and text of `total` rounds of `what` on node `node_id`, `done` of them there before."""
 
     def __init__(self, what: str, total: int, node_id: str, done: int = 0) -> None:
         self.what, self.total, self.node_id = what, total, node_id

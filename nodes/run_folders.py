@@ -1,4 +1,4 @@
-"""Where the runs of the canvas lie, and what they are called."""
+"""Where runs and pairs of the canvas lie, and what they are called."""
 
 import hashlib
 import re
@@ -11,23 +11,31 @@ from ..dmd_train.config import Config
 from ..dmd_train.errors import UserError
 from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .model_files import PACK
-from .wired import Wired
 
-NAME = re.compile(r"\w[\w .-]*")
+NAME = re.compile(r"[\w-]([\w .-]*[\w-])?")
 
 
 def runs_folder() -> Path:
-    """Runs of the canvas are output: no update of the pack touches them."""
+    """The runs of the canvas: they are output, which no update of the pack touches."""
     return Path(folder_paths.get_output_directory()) / "dmd_runs"
 
 
 def run_path(name: str) -> Path:
-    """Raises UserError for a name that is more than a folder's name."""
-    if not NAME.fullmatch(name) or name.endswith((".", " ")):
+    """The run of this name. Raises UserError for more than a folder's name."""
+    return runs_folder() / _checked(name, "run")
+
+
+def pairs_path(name: str) -> Path:
+    """The pairs of this name. Raises UserError for more than a folder's name."""
+    return Path(folder_paths.get_output_directory()) / "dmd_pairs" / _checked(name, "name")
+
+
+def _checked(name: str, widget: str) -> str:
+    if not NAME.fullmatch(name):
         raise UserError(
-            f"run: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
+            f"{widget}: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
         )
-    return runs_folder() / name
+    return name
 
 
 def run_folders() -> dict[str, Path]:
@@ -40,8 +48,8 @@ def run_folders() -> dict[str, Path]:
     return {name: found[name] for name in reversed(by_age)}
 
 
-def name_of(config: Config, wired: Wired) -> str:
+def name_of(config: Config, conditions_name: str) -> str:
     """A run's name where nobody gave one: the same for the same run, and for no other."""
     learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
-    digest = hashlib.sha256(yaml.safe_dump([learned, wired.conditions_name]).encode()).hexdigest()
+    digest = hashlib.sha256(yaml.safe_dump([learned, conditions_name]).encode()).hexdigest()
     return f"{config.preset}-{digest[:8]}"

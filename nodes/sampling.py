@@ -1,6 +1,8 @@
 """DMD Model Sampling (a recipe on a MODEL) and DMD One-Step Sampler (the recipe, carried out)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -9,11 +11,15 @@ import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.recipe import Recipe
 from ..dmd_train.networks.published import RECIPES
-from .model_recipe import family_of, native_size, recipe_of, sigmas_of, with_recipe
+from .conditioning import Conditioning
+from .latents import empty_latent
+from .model_recipe import family_of, recipe_of, sigmas_of, with_recipe
+from .widgets import size_inputs
 
 FROM_FILE, CUSTOM = "from the file", "custom timesteps"
 
@@ -84,45 +90,80 @@ class DMDModelSampling(io.ComfyNode):
 
 def custom_recipe(model: ModelPatcher, timesteps: str) -> Recipe:
     """The user's own timesteps on a MODEL of a family with a discrete schedule."""
+    family = family_of(model)
     try:
         chosen = tuple(int(t) for t in timesteps.replace(",", " ").split())
-    except ValueError:
-        chosen = ()
-    if (
-        not chosen
-        or not all(0 <= t <= 999 for t in chosen)
-        or list(chosen) != sorted(set(chosen), reverse=True)
-    ):
+        return Recipe(family=family, prediction="eps", timesteps=chosen, noise_scale=1.0)
+    except ValueError:  # pydantic's too
         raise UserError(
             f"timesteps: '{timesteps}' is no list of falling numbers from 999 to 0; "
             "write for example 999, 749, 499, 249"
+        ) from None
+
+
+@dataclass(frozen=True)
+class StockSampler:
+    """ComfyUI's KSampler, its widgets set."""
+
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+
+    def sample(
+        self,
+        model: ModelPatcher,
+        noise: Tensor,
+        positive: Conditioning,
+        callback: Callable[..., None] | None = None,
+        *,
+        negative: Conditioning | None = None,
+        seed: int,
+    ) -> Tensor:
+        """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), from an empty latent.
+
+        negative: not needed at cfg 1. seed: of the noise that the sampler itself adds.
+        """
+        samples: Tensor = comfy.sample.sample(
+            model,
+            noise,
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            positive,
+            negative or positive,  # at cfg 1 it is not evaluated
+            torch.zeros_like(noise),
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
         )
-    return Recipe(family=family_of(model), prediction="eps", timesteps=chosen, noise_scale=1.0)
+        return samples
 
 
 class ConditionalGuider(comfy.samplers.CFGGuider):
     """The positive condition alone: guidance is in a student's weights."""
 
-    def set_conds(self, positive: list) -> None:
+    def set_conds(self, positive: Conditioning) -> None:
         self.inner_set_conds({"positive": positive})
 
 
 def sample_by_recipe(
     model: ModelPatcher,
-    noise: torch.Tensor,
-    positive: list,
+    noise: Tensor,
+    positive: Conditioning,
     seed: int,
     callback: Callable[..., None],
-    latent: torch.Tensor | None = None,
-    noise_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+    latent: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+) -> Tensor:
     """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), by the MODEL's own recipe.
 
     latent: counts where noise_mask keeps it. seed: of the noise between steps.
     """
     guider = ConditionalGuider(model)
     guider.set_conds(positive)
-    sampled = guider.sample(
+    samples: Tensor = guider.sample(
         noise,
         torch.zeros_like(noise) if latent is None else latent,
         dmd_sampler(),
@@ -132,7 +173,7 @@ def sample_by_recipe(
         disable_pbar=True,
         seed=seed,
     )
-    return sampled.to(comfy.model_management.intermediate_device())
+    return samples.to(comfy.model_management.intermediate_device())
 
 
 class DMDOneStepSampler(io.ComfyNode):
@@ -173,12 +214,12 @@ class DMDOneStepSampler(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        positive: list,
+        positive: Conditioning,
         seed: int,
         width: int,
         height: int,
         batch_size: int,
-        latent: dict | None = None,
+        latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         recipe = needed_recipe(model)
         given = latent or {"samples": empty_latent(model, width, height, batch_size)}
@@ -191,37 +232,6 @@ class DMDOneStepSampler(io.ComfyNode):
             model, noise, positive, seed, callback, samples, given.get("noise_mask")
         )
         return io.NodeOutput(given | {"samples": sampled})
-
-
-def side_inputs() -> list[io.Input]:
-    """Width and height."""
-    return [
-        io.Int.Input(
-            side,
-            default=0,
-            min=0,
-            max=16384,
-            step=8,
-            tooltip="In pixels. 0: the size the model was made for.",
-        )
-        for side in ("width", "height")
-    ]
-
-
-def size_inputs() -> list[io.Input]:
-    """Width, height and batch size, as two nodes have them."""
-    batch = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures at once.")
-    return [*side_inputs(), batch]
-
-
-def empty_latent(model: ModelPatcher, width: int, height: int, batch_size: int) -> torch.Tensor:
-    """Zeros, (batch_size, C, H, W) in the MODEL's own latent format; 0 is its native size."""
-    latent_format = model.get_model_object("latent_format")
-    ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
-    native = native_size(model)
-    size = ((height or native) // ratio, (width or native) // ratio)
-    device = comfy.model_management.intermediate_device()
-    return torch.zeros((batch_size, latent_format.latent_channels, *size), device=device)
 
 
 class DMDEmptyLatent(io.ComfyNode):

@@ -12,13 +12,14 @@ from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.write import write_atomically, write_safetensors
+from ..dmd_train.run.export import FOLDERS, Form, require_known_alone
 from .edm_model import EDMConfig
 from .model_recipe import family_of
 from .progress import say
 from .student_model import Student, student_of
 
 LORA, UNET, CHECKPOINT = "LoRA", "UNet", "checkpoint"
-FOLDERS = {LORA: "loras", UNET: "diffusion_models", CHECKPOINT: "checkpoints"}
+FORMS: dict[str, Form] = {LORA: "lora", UNET: "unet", CHECKPOINT: "checkpoint"}
 
 NO_LORA = "this student was trained in full, so there is no LoRA"
 UNPORTABLE = set('\\:*?"<>|') | set(map(chr, range(32)))
@@ -41,7 +42,7 @@ class DMDSaveStudent(io.ComfyNode):
                 io.Model.Input("model", tooltip="A student from DMD Distill."),
                 io.Combo.Input(
                     "save_as",
-                    options=list(FOLDERS),
+                    options=list(FORMS),
                     default=LORA,
                     tooltip="LoRA: small, for this teacher and its relatives. UNet: the MODEL as "
                     "wired, LoRAs merged. Checkpoint: the same with clip and vae in one file.",
@@ -76,7 +77,7 @@ class DMDSaveStudent(io.ComfyNode):
             )
         require_possible(save_as, model, student, clip, vae)
         is_pixel = isinstance(model.model.model_config, EDMConfig)  # whole by its own weights
-        path = new_path(FOLDERS[CHECKPOINT if is_pixel else save_as], filename_prefix)
+        path = new_path(FORMS[CHECKPOINT if is_pixel else save_as], filename_prefix)
         say(f"writing {path.name}", cls.hidden.unique_id)
         if is_pixel or save_as == LORA:
             write_safetensors(path, student.tensors, student.metadata)
@@ -96,8 +97,8 @@ def require_possible(
     vae: comfy.sd.VAE | None,
 ) -> None:
     """Raises UserError for a file that would not give this student back."""
-    if save_as not in FOLDERS:  # older ComfyUIs do not look into a combo box that a wire goes to
-        raise UserError(f"save_as: there is no '{save_as}'. Choose one of {', '.join(FOLDERS)}")
+    if save_as not in FORMS:  # older ComfyUIs do not look into a combo box that a wire goes to
+        raise UserError(f"save_as: there is no '{save_as}'. Choose one of {', '.join(FORMS)}")
     if isinstance(model.model.model_config, EDMConfig):
         if student.is_lora:
             raise UserError(
@@ -115,16 +116,18 @@ def require_possible(
             f"save_as: a checkpoint holds text encoders and VAE, and {missing} is not wired: wire "
             f"the teacher's, or choose {UNET}"
         )
-    is_v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
-    if save_as == UNET and is_v and family_of(model) == "sdxl":
-        raise UserError(
-            "save_as: ComfyUI would take a lone SDXL UNet for an eps model, and this predicts v. "
-            f"Choose {CHECKPOINT} or {LORA}"
-        )
+    if save_as == UNET:
+        is_v = model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
+        prediction, way_out = "v" if is_v else "eps", f"Choose {CHECKPOINT} or {LORA}"
+        require_known_alone("save_as", family_of(model), prediction, way_out)
 
 
-def new_path(key: str, prefix: str) -> Path:
-    """models/KEY/PREFIX_00001_.safetensors, with the next free number. Raises UserError."""
+def new_path(form: Form, prefix: str) -> Path:
+    """PREFIX_00001_.safetensors in the form's folder, with the next free number.
+
+    Raises UserError for a prefix that is no name of a file in there.
+    """
+    key = PurePosixPath(FOLDERS[form]).name
     # ComfyUI lists the old `unet` before `diffusion_models`
     folders = [os.path.abspath(path) for path in folder_paths.get_folder_paths(key)]
     folder = next((path for path in folders if Path(path).name != "unet"), folders[0])

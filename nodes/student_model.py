@@ -34,7 +34,8 @@ class Student:
 
 def student_of(model: ModelPatcher) -> Student | None:
     """What the MODEL was made by, None where it is no student of DMD Distill's."""
-    return model.get_attachment(ATTACHMENT)
+    student: Student | None = model.get_attachment(ATTACHMENT)
+    return student
 
 
 def student_model(model: ModelPatcher, file: Path) -> ModelPatcher:

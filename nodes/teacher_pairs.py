@@ -1,14 +1,10 @@
 """DMD Teacher Pairs: noise and the image that the MODEL makes of it, by a sampler of ComfyUI's."""
 
 import json
-import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -18,13 +14,13 @@ from ..dmd_train.data.conditions import Classes
 from ..dmd_train.data.pairs import Sample, make_pairs
 from ..dmd_train.errors import UserError
 from ..dmd_train.method.seeding import stream_seed
-from .conditioning import Row, fingerprint, joined, rows_of
+from .conditioning import Conditioning, Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
-from .model_recipe import family_of
+from .latents import empty_latent, require_pictures
 from .progress import Progress, say
-from .sampling import empty_latent, size_inputs
-
-NAME = re.compile(r"[\w-]([\w .-]*[\w-])?")
+from .run_folders import pairs_path
+from .sampling import StockSampler
+from .widgets import PAIRS, cfg_input, sampler_inputs, side_inputs, steps_input
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,7 @@ class Teacher:
     rows: list[Row]
     negative: list[Row]
     seed: int
-    steps: int
-    cfg: float
-    sampler: str
-    scheduler: str
+    how: StockSampler
 
     def __call__(self, noise: Tensor, numbers: Tensor, first: int) -> Tensor:
         """noise: (N, C, H, W) ~ N(0, I), numbers: (N,) of rows -> x0 in the MODEL's own scale."""
@@ -60,27 +53,21 @@ class Teacher:
         if positive is None:
             singles = enumerate(zip(noise.split(1), numbers.split(1), strict=True), first)
             return torch.cat([self(z, number, i) for i, (z, number) in singles])
-        latent = comfy.sample.sample(
+        latent = self.how.sample(
             self.model,
             noise,
-            self.steps,
-            self.cfg,
-            self.sampler,
-            self.scheduler,
             positive,
-            self.negative or positive,  # which is not used at cfg 1
-            torch.zeros_like(noise),
-            callback=lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
-            disable_pbar=True,
+            lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
+            negative=self.negative,
             seed=stream_seed(self.seed, "pair sampler", first),
         )
-        return self.model.get_model_object("latent_format").process_in(latent.float()).cpu()
+        x0: Tensor = self.model.get_model_object("latent_format").process_in(latent.float())
+        return x0.cpu()
 
     def origin(self, shape: tuple[int, int, int]) -> str:
-        """Names everything that a pair is a function of, but its number."""
+        """A name of everything that a pair is a function of, but its number."""
         told = [model_fingerprint(self.model), fingerprint(self.rows), fingerprint(self.negative)]
-        how = [self.seed, self.steps, self.cfg, self.sampler, self.scheduler]
-        return json.dumps([*told, *how, *shape])
+        return json.dumps([*told, self.seed, *astuple(self.how), *shape])
 
 
 class DMDTeacherPairs(io.ComfyNode):
@@ -120,30 +107,13 @@ class DMDTeacherPairs(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Of the noise and the choice of conditions.",
                 ),
-                io.Int.Input(
-                    "steps", default=30, min=1, max=10000, tooltip="Of the sampler, as in KSampler."
+                steps_input("steps", 10000, "Of the sampler, as in KSampler."),
+                cfg_input(0.0, "Guidance, which the student learns as its own. 1: none."),
+                *sampler_inputs(
+                    "One that adds no noise: not an ancestral or sde one, nor lcm.",
+                    "Of the noise levels, as in KSampler.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance, which the student learns as its own. 1: none.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="dpmpp_2m",
-                    tooltip="One that adds no noise: not an ancestral or sde one, nor lcm.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="karras",
-                    tooltip="Of the noise levels, as in KSampler.",
-                ),
-                *size_inputs()[:2],
+                *side_inputs(),
                 io.Int.Input(
                     "batch_size",
                     default=4,
@@ -158,7 +128,7 @@ class DMDTeacherPairs(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Custom("DMD_PAIRS").Output(
+                PAIRS.Output(
                     display_name="pairs", tooltip="For DMD Distill with the same conditions."
                 )
             ],
@@ -168,7 +138,7 @@ class DMDTeacherPairs(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        conditions: list,
+        conditions: Conditioning,
         name: str,
         count: int,
         seed: int,
@@ -179,12 +149,15 @@ class DMDTeacherPairs(io.ComfyNode):
         width: int,
         height: int,
         batch_size: int,
-        negative: list | None = None,
+        negative: Conditioning | None = None,
     ) -> io.NodeOutput:
         rows = rows_of(conditions)
         against = _negative(negative, cfg)
-        teacher = Teacher(model, rows, against, seed, steps, cfg, sampler_name, scheduler)
-        shape = _shape(model, width, height)
+        how = StockSampler(steps, cfg, sampler_name, scheduler)
+        teacher = Teacher(model, rows, against, seed, how)
+        require_pictures(model)
+        _, channels, high, wide = empty_latent(model, width, height, 1).shape
+        shape = (channels, high, wide)
         origin = teacher.origin(shape)
         folder = pairs_path(name.strip() or digest(origin)[:8])
         node_id = str(cls.hidden.unique_id)
@@ -201,16 +174,7 @@ class DMDTeacherPairs(io.ComfyNode):
         return io.NodeOutput(pairs, ui={"text": (line,)})
 
 
-def pairs_path(name: str) -> Path:
-    """Raises UserError for a name that is more than a folder's name."""
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"name: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
-        )
-    return Path(folder_paths.get_output_directory(), "dmd_pairs", name)
-
-
-def _negative(negative: list | None, cfg: float) -> list[Row]:
+def _negative(negative: Conditioning | None, cfg: float) -> list[Row]:
     """The one condition that guidance leads away from; none where there is no guidance."""
     if cfg == 1:
         return []
@@ -224,15 +188,8 @@ def _negative(negative: list | None, cfg: float) -> list[Row]:
     return rows
 
 
-def _shape(model: ModelPatcher, width: int, height: int) -> tuple[int, int, int]:
-    if getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2:
-        raise UserError(f"model: {family_of(model)} makes no single pictures. Wire an image model.")
-    _, channels, high, wide = empty_latent(model, width, height, 1).shape
-    return channels, high, wide
-
-
 def _shown(sample: Sample, count: int, node_id: str) -> Sample:
-    """The same with a bar, which begins at the first pair that is not there yet."""
+    """The same sampling with a bar, which begins at the first pair that is not there yet."""
     progress: list[Progress] = []
 
     def shown(noise: Tensor, rows: Tensor, first: int) -> Tensor:

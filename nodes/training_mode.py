@@ -13,7 +13,7 @@ IN_TRAINING = "in_training"
 
 @contextlib.contextmanager
 def training_mode(cpu_threads: int = 0) -> Iterator[None]:
-    """ComfyUI runs nodes under inference_mode; inside here, tensors can have gradients.
+    """A way out of ComfyUI's inference_mode: inside here, tensors can have gradients.
 
     Other models give their GPU memory back first, as ComfyUI cannot see what is trained.
     cpu_threads: torch's, for this long; 0 leaves them.

@@ -16,7 +16,7 @@ from ..dmd_train.files.read import peek
 from ..dmd_train.networks.load import DIGITS_TEACHER
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from .class_label import LABEL
-from .conditioning import PROMPT, fingerprint, rows_of
+from .conditioning import PROMPT, Conditioning, Row, fingerprint, rows_of
 from .edm_model import EDMModel
 from .fingerprint import model_fingerprint
 from .model_files import path_of
@@ -24,7 +24,7 @@ from .model_recipe import family_of
 from .teacher_pairs import TeacherPairs
 
 PROMPTS_FILE = "prompts.txt"
-"""In the folder of a run whose prompts came by a wire."""
+"""A file in the folder of a run whose prompts came by a wire."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Wired:
     """What a run is made of on the canvas. file: the checkpoint that the MODEL is, if it is one."""
 
     model: ModelPatcher
-    conditions: list
-    negative: list | None = None
+    conditions: Conditioning
+    negative: Conditioning | None = None
     pairs: TeacherPairs | None = None
     vae: comfy.sd.VAE | None = None
     file: Path | None = None
 
     @cached_property
-    def rows(self) -> list:
+    def rows(self) -> list[Row]:
         return rows_of(self.conditions)
 
     @cached_property
     def conditions_name(self) -> str:
-        """Names the pairs too: other pairs, another run."""
+        """A fingerprint, and the pairs: other pairs, another run."""
         told = self.rows + (rows_of(self.negative) if self.negative else [])
         pairs = f", {self.pairs.count} pairs of {self.pairs.folder.name}" if self.pairs else ""
         return f"ComfyUI CONDITIONING {fingerprint(told)[:16]}{pairs}"
@@ -62,7 +62,7 @@ class Wired:
 
     @property
     def license(self) -> str:
-        """Of the model's file."""
+        """The license that the model's file names."""
         return recognise(*peek(self.file), str(self.file)).license if self.file else "unknown"
 
     @property

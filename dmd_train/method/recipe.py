@@ -2,12 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import UserError
 from .noise import TIMESTEPS
 
 RECIPE_KEY = "dmd.recipe"
+NOT_FALLING = "not_falling"
 
 
 class Recipe(BaseModel):
@@ -30,6 +32,18 @@ class Recipe(BaseModel):
     teacher_sha256: str = ""
     """SHA-256 of the teacher's file; empty where the student is somebody else's."""
     license: str = "unknown"
+
+    @field_validator("timesteps")
+    @classmethod
+    def _require_falling(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        falling = sorted(set(timesteps), reverse=True) == list(timesteps)
+        if not falling or not all(0 <= t < TIMESTEPS for t in timesteps):
+            raise PydanticCustomError(
+                NOT_FALLING,
+                "timesteps {timesteps} do not fall within {last}..0",
+                {"timesteps": str(timesteps), "last": TIMESTEPS - 1},
+            )
+        return timesteps
 
     @property
     def nfe(self) -> int:
@@ -62,16 +76,14 @@ def read_recipe(metadata: dict[str, str], file: str) -> Recipe | None:
     if RECIPE_KEY not in metadata:
         return None
     try:
-        recipe = Recipe.model_validate_json(metadata[RECIPE_KEY])
+        return Recipe.model_validate_json(metadata[RECIPE_KEY])
     except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == NOT_FALLING:
+            raise UserError(
+                f"{file}: its recipe's {first['msg']}. Get the file again from its author."
+            ) from None
         raise UserError(
-            f"{file}: its recipe is not one this version reads "
-            f"({error.errors()[0]['msg'].lower()}). Update dmd-one-step."
+            f"{file}: its recipe is not one this version reads ({first['msg'].lower()}). "
+            "Update dmd-one-step."
         ) from None
-    falling = sorted(set(recipe.timesteps), reverse=True) == list(recipe.timesteps)
-    if not falling or not all(0 <= t < TIMESTEPS for t in recipe.timesteps):
-        raise UserError(
-            f"{file}: its recipe's timesteps {recipe.timesteps} do not fall within "
-            f"{TIMESTEPS - 1}..0. Get the file again from its author."
-        )
-    return recipe

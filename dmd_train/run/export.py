@@ -14,7 +14,6 @@ from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
 from ..networks.loaded import one_step_recipe
-from ..networks.stable_diffusion import StableDiffusion
 from .folder import newest_checkpoint
 from .student import write_weights
 
@@ -24,8 +23,19 @@ FOLDERS: dict[Form, str] = {
     "unet": "ComfyUI/models/diffusion_models",
     "checkpoint": "ComfyUI/models/checkpoints",
 }
+"""Where ComfyUI reads each form from."""
+
 CPU = torch.device("cpu")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def require_known_alone(where: str, family: str, prediction: str, way_out: str) -> None:
+    """Raises UserError for a UNet that ComfyUI would not know for what it is without the rest."""
+    if (family, prediction) == ("sdxl", "v"):
+        raise UserError(
+            f"{where}: ComfyUI would take a lone SDXL UNet for an eps model, and this predicts v. "
+            f"{way_out}"
+        )
 
 
 def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
@@ -35,6 +45,9 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
     with that UNet; its text encoders and VAE stay as they are. dtype: of the student's weights.
     Raises UserError for a form that the run cannot give.
     """
+    # diffusers, which a node that only saves can do without
+    from ..networks.stable_diffusion import StableDiffusion
+
     config = load_config(run / "run.yaml", [])
     newest = newest_checkpoint(run / "checkpoints")
     if newest is None:
@@ -55,11 +68,9 @@ def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
         raise UserError(
             f"{run}: a {network.family} student is whole already: {run}/student.safetensors"
         )
-    if form == "unet" and (network.family, network.prediction) == ("sdxl", "v"):
-        raise UserError(
-            f"{run}: ComfyUI would take a lone SDXL UNet for an eps model, and this predicts v. "
-            "Use --as checkpoint or --as lora."
-        )
+    if form == "unet":
+        way_out = "Use --as checkpoint or --as lora."
+        require_known_alone(str(run), network.family, network.prediction, way_out)
     weights = _student_weights(newest.tensors)
     student: Network = network
     if config.training == "full":

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dmd_train.errors import UserError
 from dmd_train.iteration import Distillation
-from dmd_train.method.adapters import Adapters, kohya_name, merge_lora
+from dmd_train.method.adapters import Adapters
+from dmd_train.method.lora import kohya_name, merge_lora
 from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.roles import Roles, three_networks, two_adapters
