@@ -11,20 +11,23 @@ import argparse
 import gc
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from dmd_train.config import make_config
-from dmd_train.data.conditions import Classes
-from dmd_train.iteration import Distillation
-from dmd_train.method.recipe import Recipe
-from dmd_train.method.roles import three_networks
-from dmd_train.networks.edm import EDMNetwork
-from dmd_train.networks.edm_unet import edm_unet
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from dmd_train.config import make_config  # noqa: E402
+from dmd_train.data.conditions import Classes  # noqa: E402
+from dmd_train.iteration import Distillation  # noqa: E402
+from dmd_train.method.recipe import Recipe  # noqa: E402
+from dmd_train.method.roles import three_networks  # noqa: E402
+from dmd_train.networks.edm import EDMNetwork  # noqa: E402
+from dmd_train.networks.edm_unet import edm_unet  # noqa: E402
 
 
 def build(size: int, device: torch.device) -> EDMNetwork:

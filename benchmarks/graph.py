@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from kit.checkpoints import tiny_sd15  # noqa: E402
 from kit.comfy_host import PROBE_NODES, Server  # noqa: E402
-from kit.graphs import Graph, models  # noqa: E402
+from kit.graphs import Graph  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from dmd_train.networks.load import load  # noqa: E402
@@ -40,15 +40,18 @@ SD = {
 }
 
 
-def sd15(server: Server) -> None:
-    """A tiny checkpoint, and its prompts as DMD Prompts would encode them."""
-    file = models(server, "checkpoints", "sd15.safetensors")
+def sd15(base: Path) -> Path:
+    """A tiny checkpoint for a server of this base directory; its prompts, encoded, in input/."""
+    file = base / "models/checkpoints/sd15.safetensors"
+    for folder in (file.parent, base / "input"):
+        folder.mkdir(parents=True, exist_ok=True)
     tiny_sd15(file, clip=True)
     text = load(str(file), torch.device("cpu")).text
     assert text
     encoded = {key: value.half() for key, value in text.encode(PROMPTS).items()}
     told = {"prompts": yaml.safe_dump(PROMPTS)}
-    save_file(encoded, server.base / "input/prompts.safetensors", told)
+    save_file(encoded, base / "input/prompts.safetensors", told)
+    return file
 
 
 def graph_of(what: str, steps: int, run: str) -> Graph:
@@ -76,13 +79,13 @@ def seconds(run: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sd-steps", type=int, default=20)
     arguments = parser.parse_args()
     with Server([PROBE_NODES]) as server:
-        sd15(server)
+        sd15(server.base)
         for what, steps in (("digits", arguments.steps), ("SD 1.5", arguments.sd_steps)):
             graph, headless = [], []
             for number in range(arguments.rounds):

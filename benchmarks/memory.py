@@ -1,6 +1,6 @@
 """Peak memory of one frozen network with two adapters beside three full networks.
 
-    PYTHONPATH=. python benchmarks/memory.py [--unet half|sd15|sdxl] [--pixels 64] [--device cuda]
+    python benchmarks/memory.py [--unet half|sd15|sdxl] [--pixels 64] [--device cuda]
 
 Random weights of the real layout (half: SD 1.5 at half the widths, which fits a small machine three
 times). Each way runs in a process of its own: three iterations, as `plan` measures, then seven
@@ -13,19 +13,23 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from dmd_train.config import make_config
-from dmd_train.iteration import Distillation
-from dmd_train.method.network import Condition
-from dmd_train.method.recipe import Recipe
-from dmd_train.networks.stable_diffusion import StableDiffusion
-from dmd_train.prepare import make_roles
+import torch  # noqa: E402
+from diffusers import UNet2DConditionModel  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from dmd_train.config import make_config  # noqa: E402
+from dmd_train.iteration import Distillation  # noqa: E402
+from dmd_train.method.network import Condition  # noqa: E402
+from dmd_train.method.recipe import Recipe  # noqa: E402
+from dmd_train.networks.stable_diffusion import StableDiffusion  # noqa: E402
+from dmd_train.prepare import make_roles  # noqa: E402
 
 LEVELS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 SD15: dict[str, Any] = {
@@ -125,7 +129,7 @@ def run(unet: str, training: str, pixels: int, device_name: str, results: Any) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--unet", choices=list(UNETS), default="half")
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--device", default="cpu")

@@ -22,7 +22,8 @@ OTHER_SIZE = 1024
 
 def recipe_of(model: ModelPatcher) -> Recipe | None:
     """The recipe that the MODEL was given, by its file or by DMD Model Sampling."""
-    return model.get_attachment(ATTACHMENT)
+    recipe: Recipe | None = model.get_attachment(ATTACHMENT)
+    return recipe
 
 
 def family_of(model: ModelPatcher) -> str:

@@ -70,7 +70,8 @@ class DigitsNet(Module):
             inner = expand(functional.layer_norm(h, h.shape[1:]))
             h = h + project(functional.silu(torch.addcmul(shift, inner, 1 + scale)))
         h = functional.silu(functional.layer_norm(h, h.shape[1:]))
-        return self.leave(h).view_as(x)
+        f: Tensor = self.leave(h)
+        return f.view_as(x)
 
 
 def digits_network() -> EDMNetwork:

@@ -15,7 +15,8 @@ class EDMUNet(UNet2DModel):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
         """F, like x: (B, C, H, W); c_noise: (B,); label: (B,) int64."""
-        return super().forward(x, c_noise, class_labels=label, return_dict=False)[0]
+        f: Tensor = super().forward(x, c_noise, class_labels=label, return_dict=False)[0]
+        return f
 
 
 def edm_unet(

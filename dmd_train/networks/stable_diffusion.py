@@ -79,7 +79,8 @@ class StableDiffusion(Network):
         # AutoencoderTiny was made for latents of unit scale
         scale = 1.0 if isinstance(self.decoder, AutoencoderTiny) else self.latent_scale
         with autocast(x0.device.type, torch.bfloat16, enabled=self.half):
-            return self.decoder.decode(x0 / scale).sample.float()
+            images: Tensor = self.decoder.decode(x0 / scale).sample
+            return images.float()
 
     def freeze(self) -> None:
         super().freeze()

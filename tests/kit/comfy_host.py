@@ -178,14 +178,16 @@ class PromptFailed(RuntimeError):
 class Server:
     """One ComfyUI process on a free loopback port, with its own base directory.
 
-    `base` holds models/, input/, output/, user/ and custom_nodes/, the last with a link to this
-    pack and to each folder in `packs`. Without `base` it is a temporary folder, gone at `stop()`.
+    `base` holds models/, input/, output/, user/ and custom_nodes/, the last with a link to `pack`
+    (a checkout of this repository) and to each folder in `packs`. Without `base` it is a temporary
+    folder, gone at `stop()`.
     """
 
     def __init__(
         self,
         packs: Iterable[Path] = (),
         *,
+        pack: Path = PACK,
         base: Path | None = None,
         port: int = 0,
         arguments: Iterable[str] = ("--cpu",),
@@ -197,10 +199,10 @@ class Server:
         custom_nodes = self.base / "custom_nodes"
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        for name, pack in [(PACK_NAME, PACK), *((pack.name, pack) for pack in packs)]:
+        for name, linked in [(PACK_NAME, pack), *((other.name, other) for other in packs)]:
             link = custom_nodes / name
             link.unlink(missing_ok=True)
-            link.symlink_to(pack.resolve(), target_is_directory=True)
+            link.symlink_to(linked.resolve(), target_is_directory=True)
 
         tree = comfyui_tree()
         _libraries()  # fetched here, where the user sees pip fail
