@@ -18,6 +18,7 @@ from .folder import newest_checkpoint
 from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
+Dtype = Literal["fp16", "bf16", "fp32"]
 FOLDERS: dict[Form, str] = {
     "lora": "ComfyUI/models/loras",
     "unet": "ComfyUI/models/diffusion_models",
@@ -26,7 +27,11 @@ FOLDERS: dict[Form, str] = {
 """Where ComfyUI reads each form from."""
 
 CPU = torch.device("cpu")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[Dtype, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
 
 
 def require_known_alone(where: str, family: str, prediction: str, way_out: str) -> None:
@@ -38,7 +43,7 @@ def require_known_alone(where: str, family: str, prediction: str, way_out: str) 
         )
 
 
-def export(run: Path, form: Form, dtype: str, out: Path | None = None) -> Path:
+def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path:
     """Write the newest student of the run folder. Returns the path, run/student-FORM by default.
 
     lora: the adapter. unet: the UNet, a LoRA merged into it. checkpoint: the teacher's single file

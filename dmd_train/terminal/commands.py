@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..networks.load import load, load_teacher, save
 from ..networks.loaded import Loaded
 from ..plan import measure
 from ..prepare import carried_out, make_conditions, make_run_pairs, prepare, require_possible
+from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder
 from ..run.pixels import grid, picture, save_picture
 from ..run.sample_sheet import SampleSheet
@@ -140,17 +141,13 @@ def plan(
 def export_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
     form: Annotated[
-        Literal["lora", "unet", "checkpoint"],
+        Form,
         typer.Option("--as", help="lora; unet, with a LoRA merged; checkpoint, all in one."),
     ],
-    dtype: Annotated[
-        Literal["fp16", "bf16", "fp32"], typer.Option(help="Of the student's weights.")
-    ] = "fp16",
+    dtype: Annotated[Dtype, typer.Option(help="Of the student's weights.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="Else RUN/student-FORM.safetensors.")] = None,
 ) -> None:
     """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
-    from ..run.export import FOLDERS, export
-
     with console.status("export"):
         path = export(run, form, dtype, out)
     console.print(f"{path}: put it into {FOLDERS[form]}", soft_wrap=True)
