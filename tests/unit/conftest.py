@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import diffusers
 import pytest
-import torch
 import transformers
 import yaml
 from kit.sd_files import Tiny, pipelines, single_files
@@ -25,12 +24,6 @@ SHORT = {
     "checkpoint_every": 10,
     "sample_every": 20,
 }
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tiny networks are slower on two."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
