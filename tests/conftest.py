@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, a seed, and the command line.
+"""What every test stands on: one thread, a seed, the command line, and a ComfyUI.
 
 The process that hands out tests to the workers reads this, too: nothing large is imported above.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from kit.comfy_host import Server
     from kit.command_line import Command, Outcome
 
 # before torch is imported, here and in every process that a test starts: two workers, two cores
@@ -26,6 +28,15 @@ def pytest_runtest_setup() -> None:
 
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A real ComfyUI with this pack and the probe nodes in it, started when first asked for."""
+    from kit import comfy_host
+
+    with comfy_host.Server([comfy_host.PROBE_NODES]) as running:
+        yield running
 
 
 @pytest.fixture

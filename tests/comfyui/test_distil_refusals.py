@@ -158,16 +158,16 @@ def test_what_cannot_be_is_one_line_on_the_node_and_the_queue_goes_on(
 def test_after_running_out_of_memory_the_run_goes_on_from_its_checkpoint(server: Server) -> None:
     graph, run = Graph(), run_of(server, "tight again")
     loaded = graph.add("CheckpointLoaderSimple", ckpt_name=sd15(server))
-    tight = graph.add("Probe_OutOfMemory", model=loaded, call=100)
-    settings = {"run": "tight again", "steps": 40, "advanced": SD | {"checkpoint_every": 2}}
+    tight = graph.add("Probe_OutOfMemory", model=loaded, call=45)
+    settings = {"run": "tight again", "steps": 16, "advanced": SD | {"checkpoint_every": 2}}
     sd15_run(server, graph, tight, **settings)
     message = failure(server, graph)
     assert "out of memory. Its checkpoints are kept. Set micro_batch_size: 1." in message
     kept = newest_step(run)
-    assert 0 < kept < 40
+    assert 0 < kept < 16
     server.run(graph)  # the probe fails but once
     steps = logged_steps(run)
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 17))
 
 
 def test_a_run_of_a_patched_model_is_continued_with_that_model_and_no_other(

@@ -27,6 +27,7 @@ from dmd_train import networks
 
 AUTO = "right for the model"
 SHORT = {
+    "critic_updates": 2,
     "pairs": 512,
     "pair_batch_size": 64,
     "checkpoint_every": 50,
