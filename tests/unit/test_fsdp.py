@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kit.command_line import Command
 from kit.tiny import config
 from kit.tiny_sd import tiny_sd
 from safetensors.torch import load_file
 from torch import Tensor
-from unit.conftest import Command
 
 from dmd_train.errors import UserError
 from dmd_train.method.processes import Processes

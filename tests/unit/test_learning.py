@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from kit.command_line import Command
 from torch import Tensor
-from unit.conftest import Command
 
 from dmd_train.method.network import Condition
 from dmd_train.method.recipe import Recipe
