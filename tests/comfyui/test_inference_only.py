@@ -71,7 +71,7 @@ def test_training_without_its_libraries_names_one_and_the_way_out(bare: Server) 
         rank=0,
         seed=0,
         run="",
-        advanced="",
+        advanced="training: lora",
     )
     message = failed(bare, graph).message
     assert "training needs" in message
