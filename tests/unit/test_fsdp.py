@@ -49,6 +49,7 @@ def sharded() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_two_processes_with_sharded_networks_give_the_weights_and_state_of_one(
     dmd: Command, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ def short(block: str) -> str:
     return re.sub(r"(teacher digits)", r"\1 --steps 3", block)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
     ran = [block for block in BLOCKS if "dmd_train" in block or "make demo" in block]
     assert len(ran) >= 5
