@@ -102,7 +102,7 @@ class Run:
 
     @property
     def condition(self) -> dict[str, Tensor]:
-        """Of PROMPT, by this package's text encoder."""
+        """This package's text encoding of PROMPT."""
         return load_file(self.server.base / f"input/{self.family}-prompt.safetensors")
 
     @property
@@ -119,7 +119,7 @@ class Run:
         return path
 
     def make_teacher(self) -> None:
-        """With a licence, as Stability's have one; and what is to be known of it."""
+        """A checkpoint with a licence, as Stability's have one; and what is to be known of it."""
         TINY[self.family](self.teacher, clip=True)
         if self.family == "sd15":
             with safe_open(self.teacher, "pt") as file:
@@ -140,7 +140,7 @@ class Run:
         save_file(latents, self.teacher.with_suffix(".latents"))
 
     def train(self) -> None:
-        """By the command line; once."""
+        """Training by the command line, once."""
         if self.folder.exists():
             return
         if not self.teacher.exists():
@@ -212,7 +212,7 @@ class Ways:
         )
 
     def errors(self, expected: Tensor) -> dict[str, float]:
-        """Of each way, against what `sample` gave, which is far from what the teacher gives."""
+        """Each way's error against what `sample` gave, which is far from what the teacher gives."""
         learned = error(self.run.teachers_latent.expand_as(expected), expected)
         sampled = sample(self.run.server, self.graph, *self.ways.values())
         found = {

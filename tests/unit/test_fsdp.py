@@ -42,7 +42,7 @@ def flat(path: Path) -> Tensor:
 
 
 def sharded() -> subprocess.CompletedProcess[str]:
-    """As `accelerate launch --use_fsdp` starts two processes."""
+    """Two processes as `accelerate launch --use_fsdp` starts them."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
     command = [*launch, "-m", "dmd_train", "train", "run.yaml"]

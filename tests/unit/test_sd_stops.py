@@ -54,7 +54,7 @@ def test_a_stopped_lora_run_goes_on_to_bit_identical_weights(
 
 
 def reports_of(config: Config, run: RunFolder) -> Iterator[StepReport]:
-    """As `train` has them."""
+    """The reports that `train` has."""
     loaded = networks.load_teacher(config, CPU)
     with terminal.StopRequest() as stop:
         conditions = prepare.make_conditions(run, loaded, Processes(CPU), stop)
