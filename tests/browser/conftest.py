@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of a module, not of the session: while it lives, asyncio.run fails in this thread."""
+    """Chromium, of a module: while it lives, asyncio.run fails in this thread."""
     with sync_playwright() as playwright:
         chromium = launch(playwright)
         yield chromium

@@ -24,7 +24,7 @@ from dmd_train.run.metrics import SamplerNumbers, measure_digits
 DISTIL_DIGITS = PACK / "workflows/distil-digits.json"
 DIGITS = 10
 STEPS, PAIRS = 1500, 16000
-"""Of the preset."""
+"""The preset's."""
 SHOWN = ("DMD_Distill", "DMD_Compare")
 PROGRESS = re.compile(r"(pair|step) (\d+) of (\d+), \d+:\d\d left", re.ASCII)
 
@@ -44,12 +44,12 @@ class Trained:
     page: ComfyPage
     run: Path
     pictures: dict[str, list[Path]]
-    """Of each type of node that shows any."""
+    """Type of node -> what it shows."""
     told: list[str]
     previews: int
     preview_width: int
     bar: float
-    """Of the node, in the middle of the run, from 0 to 1."""
+    """The node's own, in the middle of the run, from 0 to 1."""
 
 
 def wait_for_line(page: ComfyPage, kind: str, at_least: int, timeout: float = 400) -> None:

@@ -174,7 +174,7 @@ class ComfyPage:
         return text
 
     def listen(self) -> None:
-        """From now on keep what the server says of running nodes: `told` and `previews`."""
+        """Keep what the server says of running nodes from now on: `told` and `previews`."""
         self.page.evaluate(
             """() => {
                 const { told } = window
@@ -256,7 +256,7 @@ class ComfyPage:
         self.page.evaluate("() => window.app.api.interrupt()")
 
     def wait_for_end(self, timeout: float = 120) -> dict[str, Any]:
-        """Of what `press_run` queued."""
+        """The history entry of what `press_run` queued; raises as `Server.run` does."""
         self.page.wait_for_function("() => window.runEnd", timeout=timeout * 1000)
         end = self.page.evaluate("() => window.runEnd")
         if end["event"] != "execution_success":

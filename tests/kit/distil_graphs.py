@@ -33,7 +33,7 @@ SHORT = {
     "checkpoint_every": 50,
     "sample_every": 100,
 }
-"""Of a digits run."""
+"""Settings of a digits run."""
 SD = {
     "batch_size": 2,
     "micro_batch_size": 0,
@@ -122,7 +122,7 @@ def learned(run: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: Path, other: Path) -> float:
-    """Of what two runs learned: relative, in the 2-norm, over the adapters' B, which were zero."""
+    """Relative distance of what two runs learned: 2-norm, over the adapters' B, which were zero."""
     a, b = learned(one), learned(other)
     assert a.keys() == b.keys()
     keys = [key for key in a if "lora_B" in key]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from kit.checkpoints import tiny_sd2_v, tiny_sd15, tiny_sdxl
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmd_train.networks.load import load
+from dmd_train.run.sample_sheet import SampleSheet
 
 EXACT = 1e-4
 """Relative error of a latent. Measured: 1e-7 to 1e-6."""
@@ -100,7 +102,7 @@ class Run:
 
     @property
     def condition(self) -> dict[str, Tensor]:
-        """Of PROMPT, by this package's text encoder."""
+        """This package's text encoding of PROMPT."""
         return load_file(self.server.base / f"input/{self.family}-prompt.safetensors")
 
     @property
@@ -117,7 +119,7 @@ class Run:
         return path
 
     def make_teacher(self) -> None:
-        """With a licence, as Stability's have one; and what is to be known of it."""
+        """A checkpoint with a licence, as Stability's have one; and what is to be known of it."""
         TINY[self.family](self.teacher, clip=True)
         if self.family == "sd15":
             with safe_open(self.teacher, "pt") as file:
@@ -138,7 +140,7 @@ class Run:
         save_file(latents, self.teacher.with_suffix(".latents"))
 
     def train(self) -> None:
-        """By the command line; once."""
+        """Training by the command line, once."""
         if self.folder.exists():
             return
         if not self.teacher.exists():
@@ -148,7 +150,9 @@ class Run:
         files = {"teacher": self.teacher, "prompts": prompts, "output": self.folder}
         settings = SHORT | SETTINGS[self.name] | {key: str(path) for key, path in files.items()}
         run_yaml.write_text(yaml.safe_dump(settings))
-        dmd("train", run_yaml)
+        with pytest.MonkeyPatch.context() as patch:  # two pictures, where ten would take longest
+            patch.setattr(SampleSheet.__init__, "__defaults__", (2,))
+            dmd("train", run_yaml)
 
 
 Trained = Callable[[str], Run]
@@ -208,7 +212,7 @@ class Ways:
         )
 
     def errors(self, expected: Tensor) -> dict[str, float]:
-        """Of each way, against what `sample` gave, which is far from what the teacher gives."""
+        """Each way's error against what `sample` gave, which is far from what the teacher gives."""
         learned = error(self.run.teachers_latent.expand_as(expected), expected)
         sampled = sample(self.run.server, self.graph, *self.ways.values())
         found = {

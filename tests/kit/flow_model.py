@@ -28,10 +28,10 @@ LATENT_SCALE = {"SD3": (1.5305, 0.0609), "Flux": (0.3611, 0.1159)}
 """Scale and shift: a LATENT of ComfyUI's is x0 / scale + shift."""
 
 SHIFT = {"SD3": 3.0, "Flux": math.exp(1.15)}
-"""Of the noise levels, as `dmd_train.method.noise.Flow` has it: SD3's own; Flux's mu of 1.15."""
+"""Shift of the noise levels, as `dmd_train.method.noise.Flow` has it: SD3's; Flux's mu of 1.15."""
 
 CHANNELS, PATCH, POSITIONS = 16, 2, 64
-"""Of a latent; side of a patch; patches a side that SD3 has positions for: 1024 pixels."""
+"""Depth of a latent; side of a patch; patches a side that SD3 has positions for: 1024 pixels."""
 
 SINUSOID = 256
 """Width of the embedding of t before its first layer."""

@@ -20,7 +20,7 @@ from torch import Tensor
 SEED = 7
 DIGITS_TEACHER = "dmd_students/digits-teacher.safetensors"
 DIGITS_STUDENT = "dmd_students/digits-one-step.safetensors"
-"""In the list of Load DMD Checkpoint."""
+"""Names in the list of Load DMD Checkpoint."""
 LATENT_SCALE = {"sd15": 0.18215, "sd2": 0.18215, "sd2v": 0.18215, "sdxl": 0.13025}
 """A LATENT of ComfyUI's is what the VAE takes; a network works on one that is this much smaller."""
 CONTEXT = {"sd15": (768, 0), "sd2": (1024, 0), "sd2v": (1024, 0), "sdxl": (2048, 1280)}
@@ -167,7 +167,7 @@ def queue_lives(server: Server) -> None:
 
 
 NO_NOISE = torch.empty(0, 4, 8, 8)
-"""For `by_diffusers` with one step, which adds none."""
+"""What `by_diffusers` is given with one step, which adds none."""
 
 
 def told(graph: Graph, node: Node) -> str:

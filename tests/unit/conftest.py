@@ -11,6 +11,7 @@ from kit.command_line import SHORT, Command, WriteRun
 from kit.sd_files import Tiny, micro_pipeline, pipelines, single_files
 from kit.sd_runs import PROMPTS, SMALL
 
+from dmd_train.run.sample_sheet import SampleSheet
 from dmd_train.terminal import commands
 
 
@@ -56,13 +57,14 @@ def write_sd_run(tmp_path: Path, micro: Tiny) -> WriteRun:
 
 
 @pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second of drawing at the end of each run; the runs of the presets have it."""
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No curves, and sheets of two columns: seconds of a run. The runs of the presets have all."""
     monkeypatch.setattr(commands, "save_curves", lambda *_: None)
+    monkeypatch.setattr(SampleSheet.__init__, "__defaults__", (2,))
 
 
 @pytest.fixture
-def train(dmd: Command, no_curves: None, tmp_path: Path) -> WriteRun:
+def train(dmd: Command, few_pictures: None, tmp_path: Path) -> WriteRun:
     """Train to the end; gives the run folder."""
 
     def train(run_yaml: Path, *arguments: str) -> Path:

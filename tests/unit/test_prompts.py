@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_prompts_over_77_tokens_are_told_in_one_line_and_trained_on(
-    write_sd_run: WriteRun, dmd: Command, no_curves: None, tmp_path: Path
+    write_sd_run: WriteRun, dmd: Command, few_pictures: None, tmp_path: Path
 ) -> None:
     listed = tmp_path / "listed.txt"
     long = ["a very " + "long " * 40 + name for name in ("dog", "cat")]
@@ -50,7 +50,7 @@ def test_without_prompts_the_shipped_list_is_read(
 
 
 def test_prompts_are_encoded_once_for_pairs_and_every_training(
-    write_sd_run: WriteRun, dmd: Command, no_curves: None, monkeypatch: pytest.MonkeyPatch
+    write_sd_run: WriteRun, dmd: Command, few_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_yaml = write_sd_run(regression_weight=0.25)
     made = calls(monkeypatch, TextEncoder, "encode")
@@ -63,7 +63,7 @@ def test_prompts_are_encoded_once_for_pairs_and_every_training(
 def test_other_prompts_under_the_same_name_are_refused_where_a_run_has_begun(
     write_sd_run: WriteRun,
     dmd: Command,
-    no_curves: None,
+    few_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

@@ -17,6 +17,7 @@ from dmd_train.files.write import write_atomically
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 160, 10
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 def start(run_yaml: Path) -> "subprocess.Popen[str]":
@@ -58,6 +59,7 @@ def uninterrupted(
     return folder / "run"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_goes_on_to_bit_identical_weights(
     sent: signal.Signals,
@@ -86,6 +88,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_bit_identical_weights(
     assert logged_steps(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
+@pytest.mark.long
 def test_kill_9_loses_at_most_one_checkpoint_interval_and_says_from_where_it_goes_on(
     uninterrupted: Path,
     tmp_path: Path,
@@ -110,6 +113,7 @@ def test_kill_9_loses_at_most_one_checkpoint_interval_and_says_from_where_it_goe
     assert logged_steps(tmp_path / "run") == list(range(1, STEPS + 1))
 
 
+@pytest.mark.long
 def test_a_truncated_newest_checkpoint_is_passed_over_with_a_message(
     uninterrupted: Path,
     tmp_path: Path,
@@ -136,6 +140,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over_with_a_message(
     assert same_weights(run, uninterrupted)
 
 
+@pytest.mark.long
 def test_a_finished_run_says_so_and_changes_nothing(
     uninterrupted: Path, write_run: WriteRun, dmd: Command, settings: dict[str, int]
 ) -> None:
@@ -156,6 +161,7 @@ def test_a_folder_in_use_by_a_live_run_is_refused(
     assert "another run is using this folder" in outcome.err
 
 
+@pytest.mark.long
 def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
     files = sorted(file.name for file in (uninterrupted / "checkpoints").iterdir())
     assert files == [f"step-{step:08d}.safetensors" for step in (STEPS - INTERVAL, STEPS)]

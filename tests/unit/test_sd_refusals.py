@@ -81,7 +81,7 @@ def test_a_file_without_prompts_is_refused(
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
-    """As if these packages were not installed, and torchvision, unless among them, were."""
+    """A Python without these packages, and with torchvision, unless it is among them."""
     spec = importlib.util.find_spec("json")
     found = importlib.util.find_spec
 

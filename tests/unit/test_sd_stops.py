@@ -52,7 +52,7 @@ def test_a_stopped_lora_run_goes_on_to_bit_identical_weights(
 
 
 def reports_of(config: Config, run: RunFolder) -> Iterator[StepReport]:
-    """As `train` has them."""
+    """The reports that `train` has."""
     loaded = load_teacher(config, CPU)
     return distil(carried_out(prepare(run, loaded), lambda _: None))
 

@@ -41,6 +41,7 @@ def test_there_is_a_run_below_for_every_preset_of_stable_diffusion() -> None:
     assert PRESET_RUNS.keys() == of_files - {"digits-one-step"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("preset", PRESET_RUNS)
 def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_recipe(
     preset: str, tiny: Tiny, micro: Tiny, write_sd_run: WriteRun, dmd: Command, tmp_path: Path
@@ -92,7 +93,7 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
 
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_iterations_move_critic_and_student_and_nothing_of_the_teacher(
-    training: str, write_sd_run: WriteRun, no_curves: None, monkeypatch: pytest.MonkeyPatch
+    training: str, write_sd_run: WriteRun, few_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = f"sd15-one-step-{training}"
     config = load_config(write_sd_run(preset=preset, regression_weight=0.25, **LEARNS), [])

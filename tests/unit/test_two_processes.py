@@ -28,6 +28,7 @@ def start_two(run_yaml: Path) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("teacher", ["digits", "coloured-digits"])
 def test_two_processes_give_the_weights_of_one(
     teacher: str, write_sd_run: WriteRun, write_run: WriteRun, train: WriteRun, tmp_path: Path
@@ -54,6 +55,7 @@ def test_two_processes_give_the_weights_of_one(
     assert {file: file.read_bytes() for file in run.glob("pairs/*")} == shards
 
 
+@pytest.mark.long
 def test_a_run_begun_by_two_processes_and_stopped_goes_on_in_one(
     write_sd_run: WriteRun, train: WriteRun, tmp_path: Path
 ) -> None:
