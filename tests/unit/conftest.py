@@ -12,7 +12,6 @@ from kit.sd_files import Tiny, micro_pipeline, pipelines, single_files
 from kit.sd_runs import PROMPTS, SMALL
 
 from dmd_train.run.sample_sheet import SampleSheet
-from dmd_train.terminal import commands
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,7 +58,7 @@ def write_sd_run(tmp_path: Path, micro: Tiny) -> WriteRun:
 @pytest.fixture
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """No curves, and sheets of two columns: seconds of a run. The runs of the presets have all."""
-    monkeypatch.setattr(commands, "save_curves", lambda *_: None)
+    monkeypatch.setattr("dmd_train.run.curves.save_curves", lambda *_: None)
     monkeypatch.setattr(SampleSheet.__init__, "__defaults__", (2,))
 
 
