@@ -10,7 +10,7 @@ from dmd_train.networks import Loaded
 from dmd_train.prepare import require_possible
 from dmd_train.presets import PRESETS, presets_for
 
-FAMILIES = {family for preset in PRESETS.values() for family in preset.families}
+FAMILIES = sorted({family for preset in PRESETS.values() for family in preset.families})
 
 
 def model_of(family: str) -> Loaded:
