@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ..config import Config, dump_config, load_config
 from ..errors import UserError
+from ..files.names import LEFT_BY_SYSTEMS
 from ..files.read import read_safetensors
 from ..files.write import write_safetensors, write_text
 
@@ -100,7 +101,7 @@ class RunFolder:
         run_yaml = self.path / "run.yaml"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = {entry.name for entry in self.path.iterdir()} - {".lock"}
+            foreign = {entry.name for entry in self.path.iterdir()} - {".lock"} - LEFT_BY_SYSTEMS
             if foreign and not run_yaml.exists():
                 raise UserError(
                     f"{self.path}: holds other files, no run.yaml. Choose a new folder as output."
