@@ -10,15 +10,20 @@ LONGEST = 1000
 """Characters of a message; a longer one loses its middle, not its subject or the way out."""
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """A text as a terminal may show it: what would move its cursor is written out, as \\x1b."""
-    # a few characters may become ten, and only LONGEST are shown
-    text = text if len(text) <= LONGEST else f"{text[:650]} ... {text[-300:]}"
     return "".join(c if _stays_put(c) else repr(c)[1:-1] for c in text)
 
 
 def _stays_put(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"  # wide spaces, too
+
+
+def one_line(text: str) -> str:
+    """A message that is printable and of a length that is read."""
+    if len(text) > LONGEST:
+        text = f"{text[:650]} ... {text[-300:]}"
+    return printable(text)[: 2 * LONGEST]  # a character may become ten
 
 
 def shown(value: object) -> str:
