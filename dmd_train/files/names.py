@@ -11,9 +11,6 @@ LONGEST = 200
 DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\..*)?", re.I)
 """Names that are devices on Windows, whatever they end in."""
 
-LEFT_BY_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})
-"""Files that desktops put into any folder that is looked at."""
-
 
 def is_name(name: str) -> bool:
     """Whether a file or a folder may be called so on every system; no path, and not hidden."""

@@ -11,7 +11,6 @@ from typing_extensions import Self
 
 from ..config import Config, dump_config, load_config
 from ..errors import UserError
-from ..files.names import LEFT_BY_SYSTEMS
 from ..files.read import read_safetensors
 from ..files.write import write_safetensors, write_text
 
@@ -94,6 +93,14 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def require_there(self) -> None:
+        """Raises UserError where the folder was taken away: a write would make half of it anew."""
+        if not (self.path / "run.yaml").exists():
+            raise UserError(
+                f"{self.path}: was deleted or moved while the run wrote to it. Put it back, or "
+                "start again."
+            )
+
     def __enter__(self) -> Self:
         """Create the folder or take it up again. Raises UserError if it is not this run's."""
         if not self.is_main:
@@ -101,7 +108,7 @@ class RunFolder:
         run_yaml = self.path / "run.yaml"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = {entry.name for entry in self.path.iterdir()} - {".lock"} - LEFT_BY_SYSTEMS
+            foreign = {entry.name for entry in self.path.iterdir()} - {".lock"}
             if foreign and not run_yaml.exists():
                 raise UserError(
                     f"{self.path}: holds other files, no run.yaml. Choose a new folder as output."

@@ -106,15 +106,6 @@ def test_a_run_goes_on_by_the_run_yaml_in_its_own_folder(
     assert (tmp_path / "run/student.safetensors").exists()
 
 
-def test_what_a_desktop_leaves_in_a_folder_does_not_make_it_anothers(
-    tmp_path: Path, dmd: Command, write_run: WriteRun
-) -> None:
-    (tmp_path / "run").mkdir()
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
-        (tmp_path / "run" / name).write_bytes(b"\0")
-    assert dmd("pairs", write_run(tmp_path)).code == 0
-
-
 def thesis(path: Path) -> None:
     path.write_text("years of work")
 

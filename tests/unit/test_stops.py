@@ -87,3 +87,15 @@ def test_sighup_sent_twice_saves_and_says_how_to_go_on(tmp_path: Path, write_run
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP, err
     assert "stopped and saved. Go on with: " in " ".join(out.split())
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_called_that(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    process = start("train", write_run(tmp_path, steps=100_000))
+    wait_for_checkpoint(tmp_path / "run", process)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"{tmp_path / 'run'}: was deleted or moved while the run wrote to it" in err
+    assert len(err.splitlines()) == 1
