@@ -5,23 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import command_line
+from kit.command_line import Command, Outcome, WriteRun
 from kit.sd_files import Tiny
 from safetensors.torch import save_file
 
 from dmd_train.files.read import peek
 from dmd_train.networks.load import DIGITS_TEACHER
 
-Command = Callable
-WriteRun = Callable[..., Path]
 
-
-def refused(outcome: tuple[int, str, str], *words: object) -> None:
-    code, out, err = outcome
-    assert code == 2, out + err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.strip().isprintable() and len(err) <= 1100
-    for word in words:
-        assert str(word) in err, err
+def refused(outcome: Outcome, *words: object) -> None:
+    """Asserts exit code 2 and one short printable line that says all of `words`."""
+    command_line.refused(outcome, *words)
+    assert outcome.err.strip().isprintable() and len(outcome.err) <= 1100
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kit.command_line import WriteRun
 
 from dmd_train.files.read import read_safetensors
 
 ROOT = Path(__file__).parents[2]
-WriteRun = Callable[..., Path]
 
 
 def start(*arguments: object, **how: object) -> "subprocess.Popen[str]":

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kit.command_line import WriteRun
 
 from dmd_train.config import dump_config, load_config, make_config, settings_in
 from dmd_train.errors import LONGEST, UserError
 from dmd_train.files.yaml import MOST, read_yaml
-
-WriteRun = Callable[..., Path]
 
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [*{before}, *{before}]\n"
