@@ -397,7 +397,7 @@ def _export_command(run: RunFolder) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Bad input is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
-        sys.exit(app(arguments, standalone_mode=False))
+        sys.exit(app(arguments, standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(STOPPED)
     except UserError as error:
