@@ -54,7 +54,7 @@ def test_plan_says_no_to_a_run_that_is_too_large_and_which_setting_to_change(
     dmd: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "_ram_room", lambda: 1)
+    monkeypatch.setattr(plan, "memory_of", lambda device: 1)
     monkeypatch.setattr(plan, "ITERATIONS", 1)
     outcome = dmd("plan", write_sd_run(**settings))
     assert outcome.code == 0, outcome.err
