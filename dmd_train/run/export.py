@@ -14,7 +14,7 @@ from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
 from ..networks.loaded import one_step_recipe
-from .folder import newest_checkpoint
+from .folder import made_from, newest_checkpoint
 from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
@@ -68,6 +68,7 @@ def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path
             "student into. Use --as unet, with the folder's text encoder and VAE beside it."
         )
     loaded = load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
+    newest.require_teacher(loaded.sha256, config.teacher, run)
     network = loaded.network
     if not isinstance(network, StableDiffusion):
         raise UserError(
@@ -97,7 +98,8 @@ def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
     recipe = one_step_recipe(loaded, config)
-    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside)
+    said = made_from(run / "checkpoints", newest.step)
+    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
     return path
 
 

@@ -1,0 +1,176 @@
+"""A run that is killed, or its disk full, at any of its file operations ends as if it were not.
+
+Every operation of a short run on its folder is tried: before it, with what was being written half
+there, and with a disk that takes no byte from there on.
+"""
+
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit.crashes import (
+    DONE,
+    KILLED,
+    REFUSED,
+    contents,
+    ended,
+    forked,
+    operations,
+    points_of,
+)
+
+from dmd_train.config import Config, make_config
+from dmd_train.data import pairs
+from dmd_train.distil import distil
+from dmd_train.networks.load import load_teacher
+from dmd_train.prepare import carried_out, prepare
+from dmd_train.run.folder import RunFolder
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc")
+
+SHORT = {
+    "teacher": "digits",
+    "training": "lora",
+    "lora_rank": 1,
+    "steps": 4,
+    "batch_size": 2,
+    "critic_updates": 1,
+    "pairs": 8,
+    "pair_batch_size": 2,
+    "pair_steps": 1,
+    "checkpoint_every": 2,
+    "sample_every": 3,
+}
+"""Two files of pairs, two checkpoints, three pictures, one of them at the last checkpoint."""
+
+TENTH = 10
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "shard_size", lambda shape: 4)
+
+
+def config_of(folder: Path, **settings: object) -> Config:
+    return make_config(SHORT | {"output": str(folder / "run")} | settings, "test")
+
+
+def train(config: Config, stop_after: int = 0) -> None:
+    """What both doors do: nothing where it is finished, else the rest, or up to a stop."""
+    with RunFolder(config) as run:
+        if run.finished:
+            return
+        loaded = load_teacher(config, torch.device("cpu"))
+        ready = carried_out(prepare(run, loaded), lambda _: None)
+        with closing(distil(ready)) as reports:
+            for report in reports:
+                if report.step == stop_after:
+                    return
+
+
+def fresh(config: Config) -> None:
+    """Nothing is there yet."""
+
+
+def stopped(config: Config) -> None:
+    """A run stopped at its first step, between two checkpoints: a student of then is there."""
+    assert forked(lambda: train(config, stop_after=1)) == DONE
+
+
+def stopped_late(config: Config) -> None:
+    """A run stopped after its last checkpoint but one."""
+    assert forked(lambda: train(config, stop_after=3)) == DONE
+
+
+def killed(config: Config) -> None:
+    """A run killed in the middle, with half a picture, after its first checkpoint."""
+    work, folder = lambda: train(config), config.output
+    number = 0
+    while len(list(folder.glob("checkpoints/step-*"))) < 1 or not list(folder.glob("samples/.*")):
+        shutil.rmtree(folder, ignore_errors=True)
+        number += 1
+        assert ended(work, folder, number, "torn") == KILLED
+
+
+STARTS = [fresh, stopped, stopped_late, killed]
+
+
+@pytest.fixture
+def uninterrupted(tmp_path: Path, small_shards: None) -> Path:
+    config = config_of(tmp_path)
+    assert forked(lambda: train(config)) == DONE
+    return config.output.rename(tmp_path / "whole")
+
+
+def tried(
+    work: Callable[[], object],
+    start: Path,
+    folder: Path,
+    share: int,
+) -> tuple[int, list[str], dict[str, Any]]:
+    """How many crash points of `work`, of one in `share`; those after which it goes wrong; contents.
+
+    start: what lies in `folder` before. contents: what it leaves there where nothing cuts it off.
+    """
+
+    def begin() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if start.exists():
+            shutil.copytree(start, folder)
+
+    begin()
+    done = operations(work, folder, folder.with_name("operations"))
+    expected, bad = contents(folder), []
+    points = points_of(done)
+    points = random.Random(len(points)).sample(points, -(-len(points) // share))
+    for number, ending in points:
+        begin()
+        code = ended(work, folder, number, ending)
+        allowed = {DONE, REFUSED} if ending == "full" else {KILLED}
+        said = f"{ending} at {number}, {done[number]}"
+        if code not in allowed:
+            bad.append(f"{said}: ended with {code}")
+        elif forked(work) != DONE:
+            bad.append(f"{said}: did not go on")
+        elif (found := contents(folder)) != expected:
+            differ = {k for k in found.keys() | expected if found.get(k) != expected.get(k)}
+            bad.append(f"{said}: {sorted(differ)} not as uninterrupted")
+    return len(points), bad, expected
+
+
+def runs(begin: Callable[[Config], None], tmp_path: Path, whole: Path, share: int) -> None:
+    """Crash points of a run from one of STARTS to its end."""
+    config, start = config_of(tmp_path), tmp_path / "start"
+    begin(config)
+    if config.output.exists():
+        config.output.rename(start)
+    count, bad, left = tried(lambda: train(config), start, config.output, share)
+    print(f"{begin.__name__}: {count} crash points, {len(bad)} bad")
+    assert not bad, "\n".join(bad)
+    assert count > 50 / share
+    assert RunFolder(config).finished
+    wanted = contents(whole)
+    assert len(left) == len(wanted)
+    older = {f"checkpoints/step-{step:08d}.safetensors" for step in range(config.steps)}
+    assert all(left[name] == wanted[name] for name in wanted.keys() - older)
+
+
+@pytest.mark.parametrize("begin", STARTS)
+def test_a_run_cut_off_at_one_in_ten_of_its_file_operations_ends_as_if_it_were_not(
+    begin: Callable[[Config], None], tmp_path: Path, uninterrupted: Path
+) -> None:
+    runs(begin, tmp_path, uninterrupted, TENTH)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("begin", STARTS)
+def test_a_run_cut_off_at_any_of_its_file_operations_ends_as_if_it_were_not(
+    begin: Callable[[Config], None], tmp_path: Path, uninterrupted: Path
+) -> None:
+    runs(begin, tmp_path, uninterrupted, 1)
