@@ -26,7 +26,7 @@ from .method.processes import Processes
 from .method.roles import Roles, three_networks, two_adapters
 from .networks.loaded import Loaded, one_step_recipe
 from .presets import families_of, presets_for
-from .run.folder import RunFolder
+from .run.folder import RunFolder, require_teacher
 from .run.sample_sheet import SampleSheet
 from .run.trackers import require_trackers
 
@@ -114,7 +114,7 @@ def _taken_up(state: Distillation, run: RunFolder) -> int:
     checkpoint = run.newest()
     if checkpoint is None:
         return 0
-    checkpoint.require_teacher(state.recipe.teacher_sha256, run.config.teacher, run.path)
+    require_teacher(checkpoint.teacher, state.recipe.teacher_sha256, run.config.teacher)
     if strange := _strange(checkpoint.tensors, state):
         raise UserError(
             f"{run.checkpoints}: of step {checkpoint.step}, {strange[0]} is not as this run has "

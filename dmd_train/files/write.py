@@ -1,6 +1,7 @@
 """Files that are there whole or not at all: written beside their place, then renamed."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -92,10 +93,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Tensors, on any device, and what the file says of itself, its mark included. Atomic."""
+    """Tensors, on any device, and what the file says of itself, its mark included. Atomic.
+
+    The same tensors and metadata give the same bytes.
+    """
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     said = metadata | {MARK_KEY: mark_of(whole)}
-    write_atomically(path, lambda temporary: save_file(whole, temporary, said))
+
+    def write(temporary: Path) -> None:
+        save_file(whole, temporary, said)
+        _sort_metadata(temporary)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a file's metadata in the order of its names: safetensors has it in one of chance."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def write_latent(path: Path, latent: Tensor) -> None:

@@ -70,13 +70,17 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     teacher: str = ""
 
-    def require_teacher(self, sha256: str, name: str, run: Path) -> None:
-        """Refusal, a UserError, of another teacher under the name that run.yaml has."""
-        if self.teacher and self.teacher != sha256:
-            raise UserError(
-                f"teacher: {name} is another file than {run} was begun with, or was changed since. "
-                "Put the old one back, or choose another folder for the run."
-            )
+
+def require_teacher(said: str, sha256: str, name: str) -> None:
+    """Refusal, a UserError, of another teacher under the name that run.yaml has.
+
+    said: the SHA-256 that a checkpoint or a student names; empty where it names none.
+    """
+    if said and said != sha256:
+        raise UserError(
+            f"teacher: {name} is another file than this run was begun with, or was changed since. "
+            "Put the old one back, or choose another folder for a new run."
+        )
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -141,6 +145,7 @@ class RunFolder:
         self.path = config.output
         self.config = config
         self.notes: list[str] = []
+        self._passed_over: set[Path] = set()
         self._lock = FileLock(self.path / ".lock")
 
     @property
@@ -230,6 +235,8 @@ class RunFolder:
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; what had to be passed over is said in `notes`."""
         found = newest_checkpoint(self.checkpoints, self.notes)
+        past = found.step if found else 0
+        self._passed_over = {f for f in checkpoint_files(self.checkpoints) if _step_of(f) > past}
         if found:
             self.notes.append(f"going on from step {found.step} ({self.checkpoints})")
         return found
@@ -249,9 +256,9 @@ class RunFolder:
         return has_no_marks or last.items() <= said.items()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then drop all but the newest KEEP of those up to it.
+        """Write a checkpoint, then drop all but the newest KEEP that are whole.
 
-        Later ones were passed over. What was logged up to it is on the disk before it.
+        What was logged up to it is on the disk before it.
         """
         if self.metrics.exists():
             with self._written_metrics():
@@ -265,8 +272,10 @@ class RunFolder:
         }
         file = _checkpoint_file(self.checkpoints, checkpoint.step)
         write_safetensors(file, checkpoint.tensors, said)
+        self._passed_over.discard(file)
         files = checkpoint_files(self.checkpoints)
-        for old in {*files} - {*files[files.index(file) :][:KEEP]}:
+        whole = [file for file in files if file not in self._passed_over]
+        for old in {*files} - {*whole[:KEEP]}:
             old.unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:

@@ -8,12 +8,10 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from kit.crashes import (
     DONE,
     KILLED,
@@ -24,54 +22,21 @@ from kit.crashes import (
     operations,
     points_of,
 )
+from kit.short_run import config_of, train
 
-from dmd_train.config import Config, make_config
+from dmd_train.config import Config
 from dmd_train.data import pairs
-from dmd_train.distil import distil
-from dmd_train.networks.load import load_teacher
-from dmd_train.prepare import carried_out, prepare
 from dmd_train.run.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc")
-
-SHORT = {
-    "teacher": "digits",
-    "training": "lora",
-    "lora_rank": 1,
-    "steps": 4,
-    "batch_size": 2,
-    "critic_updates": 1,
-    "pairs": 8,
-    "pair_batch_size": 2,
-    "pair_steps": 1,
-    "checkpoint_every": 2,
-    "sample_every": 3,
-}
-"""Two files of pairs, two checkpoints, three pictures, one of them at the last checkpoint."""
 
 TENTH = 10
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files of pairs."""
     monkeypatch.setattr(pairs, "shard_size", lambda shape: 4)
-
-
-def config_of(folder: Path, **settings: object) -> Config:
-    return make_config(SHORT | {"output": str(folder / "run")} | settings, "test")
-
-
-def train(config: Config, stop_after: int = 0) -> None:
-    """What both doors do: nothing where it is finished, else the rest, or up to a stop."""
-    with RunFolder(config) as run:
-        if run.finished:
-            return
-        loaded = load_teacher(config, torch.device("cpu"))
-        ready = carried_out(prepare(run, loaded), lambda _: None)
-        with closing(distil(ready)) as reports:
-            for report in reports:
-                if report.step == stop_after:
-                    return
 
 
 def fresh(config: Config) -> None:
@@ -114,7 +79,7 @@ def tried(
     folder: Path,
     share: int,
 ) -> tuple[int, list[str], dict[str, Any]]:
-    """How many crash points of `work`, of one in `share`; those after which it goes wrong; contents.
+    """How many crash points of `work`, one in `share`; those after which it goes wrong; contents.
 
     start: what lies in `folder` before. contents: what it leaves there where nothing cuts it off.
     """

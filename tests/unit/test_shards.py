@@ -1,9 +1,7 @@
 """Rows on disk in many files: the same however they are read, made, or made again."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,14 +32,8 @@ def made(folder: Path, **process: int) -> list[int]:
     return list(make_shards(folder, TOTAL, SIZE, "this teacher", rows_of, **process))
 
 
-def contents(folder: Path) -> dict[str, tuple[Any, bytes]]:
-    """Header and tensors of each file; in which order a header has its metadata is chance."""
-
-    def parts(raw: bytes) -> tuple[Any, bytes]:
-        end = 8 + int.from_bytes(raw[:8], "little")
-        return json.loads(raw[8:end]), raw[end:]
-
-    return {file.name: parts(file.read_bytes()) for file in folder.iterdir()}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 class Makers:
