@@ -22,10 +22,12 @@ from kit.crashes import (
     operations,
     points_of,
 )
+from kit.sd_files import micro_pipeline
 from kit.short_run import config_of, train
 
 from dmd_train.config import Config
 from dmd_train.data import pairs
+from dmd_train.run.export import export
 from dmd_train.run.folder import RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc")
@@ -78,10 +80,12 @@ def tried(
     start: Path,
     folder: Path,
     share: int,
+    and_then: Callable[[], object] = lambda: None,
 ) -> tuple[int, list[str], dict[str, Any]]:
     """How many crash points of `work`, one in `share`; those after which it goes wrong; contents.
 
-    start: what lies in `folder` before. contents: what it leaves there where nothing cuts it off.
+    start: what lies in `folder` before. and_then: what follows when the work is done again.
+    contents: what it leaves there where nothing cuts it off.
     """
 
     def begin() -> None:
@@ -101,7 +105,7 @@ def tried(
         said = f"{ending} at {number}, {done[number]}"
         if code not in allowed:
             bad.append(f"{said}: ended with {code}")
-        elif forked(work) != DONE:
+        elif forked(lambda: (work(), and_then())) != DONE:
             bad.append(f"{said}: did not go on")
         elif (found := contents(folder)) != expected:
             differ = {k for k in found.keys() | expected if found.get(k) != expected.get(k)}
@@ -139,3 +143,42 @@ def test_a_run_cut_off_at_any_of_its_file_operations_ends_as_if_it_were_not(
     begin: Callable[[Config], None], tmp_path: Path, uninterrupted: Path
 ) -> None:
     runs(begin, tmp_path, uninterrupted, 1)
+
+
+def exports(tmp_path: Path, share: int) -> None:
+    """Crash points of an export over an older one."""
+    (tmp_path / "prompts.txt").write_text("a red fox\n")
+    teacher = micro_pipeline(tmp_path / "teacher", "sd1")
+    told = {"preset": "sd15-one-step-lora", "prompts": str(tmp_path / "prompts.txt")}
+    small = {"device": "cpu", "batch_size": 1, "pairs": 2, "pair_batch_size": 1}
+    config = config_of(tmp_path, teacher=str(teacher), **told, **small)
+
+    def work() -> None:
+        export(config.output, "lora", "fp16")
+
+    def and_then() -> None:
+        """The temporary files of an export are swept when the run is next opened."""
+        with RunFolder(config):
+            pass
+
+    assert forked(lambda: train(config)) == DONE
+    assert forked(work) == DONE
+    start = config.output.rename(tmp_path / "start")
+    count, bad, left = tried(work, start, config.output, share, and_then)
+    print(f"export: {count} crash points, {len(bad)} bad")
+    assert not bad, "\n".join(bad)
+    assert count > 20 / share
+    assert left == contents(start)
+
+
+def test_an_export_cut_off_at_one_in_ten_of_its_file_operations_is_whole_or_as_before(
+    tmp_path: Path,
+) -> None:
+    exports(tmp_path, TENTH)
+
+
+@pytest.mark.long
+def test_an_export_cut_off_at_any_of_its_file_operations_is_whole_or_as_before(
+    tmp_path: Path,
+) -> None:
+    exports(tmp_path, 1)
