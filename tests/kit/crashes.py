@@ -5,6 +5,7 @@ Kills and writes are the kernel's own. What Python does to files is known by its
 
 import json
 import os
+import re
 import resource
 import sys
 import traceback
@@ -63,6 +64,7 @@ class Operations:
             path, mode, flags = arguments
             if not flags & WRITES and not (mode and set(mode) & set("wax+")):
                 return
+            event = "reopen" if mode and set("r+") <= set(mode) else event
         elif event not in CHANGES:
             return
         path = str(arguments[0])
@@ -116,12 +118,13 @@ def ended(work: Callable[[], object], folder: Path, last: int, ending: Ending) -
 
 
 def points_of(done: list[str]) -> list[tuple[int, Ending]]:
-    """Every operation with every ending that is one there."""
-    torn = [number for number, before in enumerate(done, 1) if before.startswith("open")]
+    """Every operation with every ending that is one there: written is what was opened for it."""
+    opened = [number for number, operation in enumerate(done) if operation.startswith("open")]
+    again = [number for number, operation in enumerate(done) if operation.startswith("reopen")]
     return [
         *((number, "kill") for number in range(len(done))),
-        *((number, "torn") for number in torn if number < len(done)),
-        *((number, "full") for number in range(len(done))),
+        *((number + 1, "torn") for number in opened if number + 1 < len(done)),
+        *((number, "full") for number in opened + again),
     ]
 
 
@@ -137,6 +140,18 @@ def operations(work: Callable[[], object], folder: Path, listed: Path) -> list[s
     assert forked(watched) == DONE
     done: list[str] = json.loads(listed.read_text())
     return done
+
+
+def state(folder: Path) -> tuple[tuple[str, bytes], ...]:
+    """What lies in a run's folder, but for seconds and the random part of temporary names."""
+    found = [
+        (
+            re.sub(r"-[0-9a-f]{16}", "", str(path.relative_to(folder))),
+            re.sub(rb'"seconds": [^}]*', b"", path.read_bytes()) if path.is_file() else b"",
+        )
+        for path in folder.rglob("*")
+    ]
+    return tuple(sorted(found))
 
 
 def contents(folder: Path) -> dict[str, Any]:
