@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import out_of_memory
 from .method.processes import whole
 from .prepare import Ready
-from .run.folder import Checkpoint
+from .run.folder import Checkpoint, made_from
 from .run.journal import Journal
 from .run.pixels import save_picture
 from .run.student import write_student
@@ -60,7 +60,7 @@ def distil(ready: Ready) -> Generator[StepReport]:
         if step > saved and (processes.is_main or processes.is_sharded):
             tensors = state.tensors()
             if processes.is_main:
-                run.save(Checkpoint(step, tensors))
+                run.save(Checkpoint(step, tensors, state.recipe.teacher_sha256))
         saved = step
 
     def finish() -> None:
@@ -68,7 +68,8 @@ def distil(ready: Ready) -> Generator[StepReport]:
         with state.ema.swapped_in():
             tensors = {key: whole(value) for key, value in student.file_tensors().items()}
             if processes.is_main:
-                write_student(run.student, student, state.recipe, tensors)
+                said = made_from(run.checkpoints, step)
+                write_student(run.student, student, state.recipe, tensors, said)
         journal.trackers.close()
         processes.wait()
 
@@ -78,8 +79,6 @@ def distil(ready: Ready) -> Generator[StepReport]:
                 values = state.iteration(step, ready.pairs)
                 step += 1
                 journal.add(step, values)
-                if step % config.checkpoint_every == 0:
-                    save()
                 picture = None
                 if sheet and (step % config.sample_every == 0 or step in (1, config.steps)):
                     with state.ema.swapped_in():
@@ -87,6 +86,9 @@ def distil(ready: Ready) -> Generator[StepReport]:
                     if processes.is_main:
                         save_picture(run.samples / f"step-{step:08d}.png", picture)
                         journal.trackers.picture(step, picture)
+                # the picture before it: a run goes on behind its checkpoint
+                if step % config.checkpoint_every == 0:
+                    save()
                 yield StepReport(step, config.steps, values, picture)
         except GeneratorExit:
             finish()

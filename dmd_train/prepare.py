@@ -3,12 +3,13 @@
 Generators that yield what they are at: every door only iterates them, with a bar of its own.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from .config import Config
@@ -26,7 +27,7 @@ from .method.roles import Roles, three_networks, two_adapters
 from .networks.loaded import Loaded, one_step_recipe
 from .presets import families_of, presets_for
 from .room import require_disk_for_pairs, require_room
-from .run.folder import RunFolder
+from .run.folder import RunFolder, require_teacher
 from .run.sample_sheet import SampleSheet
 from .run.trackers import require_trackers
 
@@ -107,12 +108,36 @@ def prepare(
 
 
 def _taken_up(state: Distillation, run: RunFolder) -> int:
-    """The step of the newest checkpoint, which `state` is set to; 0 where there is none."""
+    """The step of the newest checkpoint, which `state` is set to; 0 where there is none.
+
+    Raises UserError for a checkpoint by another teacher or of other weights.
+    """
     checkpoint = run.newest()
     if checkpoint is None:
         return 0
+    require_teacher(checkpoint.teacher, state.recipe.teacher_sha256, run.config.teacher)
+    if strange := _strange(checkpoint.tensors, state):
+        raise UserError(
+            f"{run.checkpoints}: of step {checkpoint.step}, {strange[0]} is not as this run has "
+            "it. Delete that file to go on from the one before."
+        )
     state.restore(checkpoint.tensors)
     return checkpoint.step
+
+
+def _strange(tensors: dict[str, Tensor], state: Distillation) -> list[str]:
+    """Names that are one too many or missing among these and the run's, or of another shape."""
+    learned: dict[str, Mapping[str, Tensor]] = {
+        "student": state.student.parameters,
+        "critic": state.critic.parameters,
+        "ema": state.ema.average,
+    }
+    own = {f"{part}/{k}": v.shape for part, flat in learned.items() for k, v in flat.items()}
+    too_many = {key for key in tensors if key.partition("@")[0] not in own}
+    return sorted(
+        too_many
+        | {key for key, shape in own.items() if key not in tensors or tensors[key].shape != shape}
+    )
 
 
 def require_possible(config: Config, loaded: Loaded) -> None:

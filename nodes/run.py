@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
@@ -22,7 +23,7 @@ from ..dmd_train.files.shards import Shards
 from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
 from ..dmd_train.networks.loaded import Loaded
-from ..dmd_train.run.folder import RunFolder
+from ..dmd_train.run.folder import RunFolder, require_teacher
 from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
 from .model_files import PACK
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 
 def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutput:
-    """Train what is left of the run, then hand its student on."""
+    """Train what is left of the run, then hand its student on.
+
+    Raises UserError where the MODEL's file is another one than the run was begun with.
+    """
     _require_room(config, wired.model)
     with RunFolder(config) as run:
         _keep_prompts(run, wired)
@@ -51,7 +55,7 @@ def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutpu
                     f"training needs {error.name}, which is not installed. Run "
                     f"pip install -r {PACK / 'requirements.txt'}"
                 ) from None
-        return _results(run, wired.model)
+        return _results(run, wired.model, wired.file)
 
 
 def _keep_prompts(run: RunFolder, wired: Wired) -> None:
@@ -171,11 +175,13 @@ def _wired_pairs(pairs: TeacherPairs, network: Network, wired: Wired) -> StoredP
     return StoredPairs(Shards(pairs.folder))
 
 
-def _results(run: RunFolder, model: ModelPatcher) -> io.NodeOutput:
-    """The student on the MODEL, and what the run's folder has to show."""
+def _results(run: RunFolder, model: ModelPatcher, file: Path | None) -> io.NodeOutput:
+    """The student on the MODEL, and what the run's folder has to show. file: which the MODEL is."""
     student = student_model(model, run.student)
     made_by = student_of(student)
     assert made_by
+    if file:
+        require_teacher(made_by.recipe.teacher_sha256, hash_of(file), run.config.teacher)
     rows = run.read_metrics()
     losses = [row["student/regression"] for row in rows if "student/regression" in row]
     losses = losses or [row["critic/denoising"] for row in rows if "critic/denoising" in row]

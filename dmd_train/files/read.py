@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from .mark import MARK_KEY, mark_of
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
@@ -39,10 +40,20 @@ def read_weights(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str]]:
 
 
 def read_safetensors(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str]]:
-    """Tensors on the CPU, and the metadata. Raises UserError unless the file is whole."""
+    """Tensors on the CPU, and the metadata. Raises UserError unless the file is whole.
+
+    A file with a mark that is read in full is held against it; a part, or no mark, goes unchecked.
+    """
     with _opened(path) as file:
         wanted = [key for key in list(file.keys()) if key.startswith(prefixes or "")]
-        return {key: file.get_tensor(key) for key in wanted}, file.metadata() or {}
+        tensors, metadata = {key: file.get_tensor(key) for key in wanted}, file.metadata() or {}
+    mark = metadata.pop(MARK_KEY, None)
+    if mark and not prefixes and mark != mark_of(tensors):
+        raise UserError(
+            f"{path}: its tensors are not those that were written: bits have flipped, or another "
+            f"program changed them and kept the mark {MARK_KEY}. Copy it again."
+        )
+    return tensors, metadata
 
 
 def hash_of(path: Path) -> str:

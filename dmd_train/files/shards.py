@@ -49,7 +49,7 @@ def _is_made(file: Path, origin: str, rows: int) -> bool:
             f"{file}: made by another teacher, from other prompts or by other settings. "
             f"Delete {file.parent}, or choose another output."
         )
-    return all(len(value) == rows for value in tensors.values())
+    return bool(tensors) and all(value.shape[:1] == (rows,) for value in tensors.values())
 
 
 class Shards:

@@ -43,9 +43,16 @@ def load_sd_teacher(
 
 def load_sd_student(path: Path, found: Found, base: Path | None, device: torch.device) -> Loaded:
     """A LoRA, UNet or checkpoint, with what it lacks from `base`."""
+    is_named = base is not None
     if base is None:
         base = path if found.text_encoder else _base_of(path, found)
     file, own = open_sd(base, student=base == path), peek(path)[1]
+    made_from = found.recipe.teacher_sha256 if found.recipe else ""
+    if made_from not in ("", file.sha256) and not is_named and base != path:
+        raise UserError(
+            f"{base}: another file than {path} was made from, or changed since. Put the old one "
+            "back, or name it if you want this one: --base FILE."
+        )
     if file.family != found.family:
         raise UserError(f"{path}: {found.family}, but {base} is {file.family}. Give its own base.")
     text = file.text_encoder()

@@ -14,7 +14,7 @@ from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
 from ..networks.loaded import one_step_recipe
-from .folder import newest_checkpoint
+from .folder import made_from, newest_checkpoint, require_teacher
 from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
@@ -43,18 +43,21 @@ def require_known_alone(where: str, family: str, prediction: str, way_out: str) 
         )
 
 
-def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path:
+def export(
+    run: Path, form: Form, dtype: Dtype, out: Path | None = None, notes: list[str] | None = None
+) -> Path:
     """Write the newest student of the run folder. Returns the path, run/student-FORM by default.
 
     lora: the adapter. unet: the UNet, a LoRA merged into it. checkpoint: the teacher's single file
     with that UNet; its text encoders and VAE stay as they are. dtype: of the student's weights.
+    notes: checkpoints that had to be passed over are added.
     Raises UserError for a form that the run cannot give.
     """
     # diffusers, which a node that only saves can do without
     from ..networks.stable_diffusion import StableDiffusion
 
     config = load_config(run / "run.yaml", [])
-    newest = newest_checkpoint(run / "checkpoints")
+    newest = newest_checkpoint(run / "checkpoints", notes)
     if newest is None:
         raise UserError(f"{run}: holds no checkpoint yet. Train it first, or wait for its first.")
     if form == "lora" and config.training == "full":
@@ -68,6 +71,7 @@ def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path
             "student into. Use --as unet, with the folder's text encoder and VAE beside it."
         )
     loaded = load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
+    require_teacher(newest.teacher, loaded.sha256, config.teacher)
     network = loaded.network
     if not isinstance(network, StableDiffusion):
         raise UserError(
@@ -97,7 +101,8 @@ def export(run: Path, form: Form, dtype: Dtype, out: Path | None = None) -> Path
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
     recipe = one_step_recipe(loaded, config)
-    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside)
+    said = made_from(run / "checkpoints", newest.step)
+    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
     return path
 
 

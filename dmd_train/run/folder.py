@@ -1,23 +1,47 @@
 """The run folder: run.yaml, metrics.jsonl, samples/, checkpoints/. Atomic, verified, resumable."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from typing_extensions import Self
 
+from .. import __version__
 from ..config import Config, dump_config, load_config
 from ..errors import UserError
-from ..files.read import read_safetensors
-from ..files.write import write_safetensors, write_text
+from ..files.mark import MARK_KEY
+from ..files.read import peek, read_safetensors
+from ..files.write import (
+    flush_file,
+    is_temporary,
+    make_folder,
+    sweep,
+    write_safetensors,
+    write_text,
+)
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it should the newest be damaged."""
 
-STEP_KEY = "dmd.step"
+STEP_KEY, CHECKPOINT_KEY = "dmd.step", "dmd.checkpoint"
+"""What a checkpoint and a student say: after which student update; the student's checkpoint."""
+
+SCHEMA_KEY, VERSION_KEY, TORCH_KEY = "dmd.schema", "dmd.version", "dmd.torch"
+TEACHER_KEY = "dmd.teacher_sha256"
+SCHEMA = "1"
+"""Of a checkpoint's tensors and names. One without, written before, is of the first."""
+
+CHECKPOINT = re.compile(r"step-(\d{8,})\.safetensors", re.ASCII)
+
+NOT_OURS = {".lock", ".DS_Store", "Thumbs.db", "desktop.ini"}
+"""What may lie in a folder that nothing was begun in: ours, and what desktops leave anywhere."""
 
 FREE_TO_CHANGE = {
     "output",
@@ -32,29 +56,85 @@ FREE_TO_CHANGE = {
 """Settings that may differ when a run goes on: they do not change what is learned."""
 
 
+class NewerVersion(UserError):
+    """A checkpoint that a later version of this package wrote."""
+
+
 class Checkpoint(NamedTuple):
-    """Every tensor of the training state after `step` student updates."""
+    """Every tensor of the training state after `step` student updates.
+
+    teacher: SHA-256 of its file; empty where it is none, or the checkpoint does not say.
+    """
 
     step: int
     tensors: dict[str, Tensor]
+    teacher: str = ""
 
 
-def _files(folder: Path) -> list[Path]:
+def require_teacher(said: str, sha256: str, name: str) -> None:
+    """Refusal, a UserError, of another teacher under the name that run.yaml has.
+
+    said: the SHA-256 that a checkpoint or a student names; empty where it names none.
+    """
+    if said and said != sha256:
+        raise UserError(
+            f"teacher: {name} is another file than this run was begun with, or was changed since. "
+            "Put the old one back, or choose another folder for a new run."
+        )
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    return sorted(filter(_step_of, folder.glob("step-*")), key=_step_of, reverse=True)
+
+
+def _step_of(file: Path) -> int:
+    """The step in a checkpoint's name; 0 where it is none."""
+    match = CHECKPOINT.fullmatch(file.name)
+    return int(match[1]) if match else 0
+
+
+def _checkpoint_file(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """A checkpoint. Raises UserError unless it is whole and says the step that its name has."""
+    tensors, metadata = read_safetensors(file)
+    if metadata.get(SCHEMA_KEY, SCHEMA) != SCHEMA:
+        raise NewerVersion(
+            f"{file}: written by dmd-one-step {metadata.get(VERSION_KEY)}, in a form that this "
+            f"version, {__version__}, does not read. Update dmd-one-step."
+        )
+    step = _step_of(file)
+    if metadata.get(STEP_KEY) != str(step):
+        raise UserError(f"{file}: does not say that it is of step {step}. Copy it again.")
+    return Checkpoint(step, tensors, metadata.get(TEACHER_KEY, ""))
 
 
 def newest_checkpoint(folder: Path, notes: list[str] | None = None) -> Checkpoint | None:
-    """The newest whole one of a run; what had to be passed over is added to `notes`."""
-    for file in _files(folder):
+    """The newest whole one of a run; what had to be passed over is added to `notes`.
+
+    Raises UserError for one of a newer version: to pass over it would be to train its steps again.
+    """
+    for file in checkpoint_files(folder):
         try:
-            tensors, metadata = read_safetensors(file)
+            return read_checkpoint(file)
+        except NewerVersion:
+            raise
         except UserError as error:
             if notes is not None:
                 notes.append(f"{error} Passing over it.")
-            continue
-        return Checkpoint(int(metadata[STEP_KEY]), tensors)
     return None
+
+
+def made_from(folder: Path, step: int) -> dict[str, str]:
+    """What a student says of itself: its step, and the mark of the checkpoint in `folder`.
+
+    Raises UserError where that checkpoint is missing or not as long as it should be.
+    """
+    _, metadata = peek(_checkpoint_file(folder, step))
+    return {STEP_KEY: str(step), CHECKPOINT_KEY: metadata.get(MARK_KEY, "")}
 
 
 class RunFolder:
@@ -65,6 +145,7 @@ class RunFolder:
         self.path = config.output
         self.config = config
         self.notes: list[str] = []
+        self._passed_over: set[Path] = set()
         self._lock = FileLock(self.path / ".lock")
 
     @property
@@ -107,9 +188,9 @@ class RunFolder:
             return self
         run_yaml = self.path / "run.yaml"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            foreign = {entry.name for entry in self.path.iterdir()} - {".lock"}
-            if foreign and not run_yaml.exists():
+            make_folder(self.path)
+            inside = {entry.name for entry in self.path.iterdir() if not is_temporary(entry)}
+            if inside - NOT_OURS and not run_yaml.exists():
                 raise UserError(
                     f"{self.path}: holds other files, no run.yaml. Choose a new folder as output."
                 )
@@ -123,6 +204,7 @@ class RunFolder:
                 f"{self.path}: cannot be used as output ({error.strerror}). Choose another folder."
             ) from None
         try:
+            self._sweep()
             if run_yaml.exists():
                 self._check_same(run_yaml)
             write_text(run_yaml, dump_config(self.config))
@@ -138,6 +220,11 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self._lock.release()
+
+    def _sweep(self) -> None:
+        """Drop the temporary files of a killed run: as large as what they were to become."""
+        for folder in (self.path, self.checkpoints, self.samples, self.pairs, self.text):
+            sweep(folder)
 
     def _check_same(self, run_yaml: Path) -> None:
         begun = load_config(run_yaml, []).model_dump(mode="json")
@@ -156,24 +243,47 @@ class RunFolder:
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; what had to be passed over is said in `notes`."""
         found = newest_checkpoint(self.checkpoints, self.notes)
+        past = found.step if found else 0
+        self._passed_over = {f for f in checkpoint_files(self.checkpoints) if _step_of(f) > past}
         if found:
             self.notes.append(f"going on from step {found.step} ({self.checkpoints})")
         return found
 
     @property
     def finished(self) -> bool:
-        """Whether the last step's checkpoint and the student are there."""
-        last = self._checkpoint_file(self.config.steps)
-        return last.exists() and self.student.exists()
+        """Whether the last step's checkpoint is there, and the whole student that it gives.
 
-    def _checkpoint_file(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:08d}.safetensors"
+        Where neither says more, as none did before, they are taken to belong together.
+        """
+        try:
+            last = made_from(self.checkpoints, self.config.steps)
+            _, said = read_safetensors(self.student)
+        except UserError:
+            return False
+        has_no_marks = not last[CHECKPOINT_KEY] and STEP_KEY not in said
+        return has_no_marks or last.items() <= said.items()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then drop all but the newest KEEP."""
-        file = self._checkpoint_file(checkpoint.step)
-        write_safetensors(file, checkpoint.tensors, {STEP_KEY: str(checkpoint.step)})
-        for old in _files(self.checkpoints)[KEEP:]:
+        """Write a checkpoint, then drop all but the newest KEEP that are whole.
+
+        What was logged up to it is on the disk before it.
+        """
+        if self.metrics.exists():
+            with self._written_metrics():
+                flush_file(self.metrics)
+        said = {
+            STEP_KEY: str(checkpoint.step),
+            SCHEMA_KEY: SCHEMA,
+            VERSION_KEY: __version__,
+            TORCH_KEY: torch.__version__,
+            TEACHER_KEY: checkpoint.teacher,
+        }
+        file = _checkpoint_file(self.checkpoints, checkpoint.step)
+        write_safetensors(file, checkpoint.tensors, said)
+        self._passed_over.discard(file)
+        files = checkpoint_files(self.checkpoints)
+        whole = [file for file in files if file not in self._passed_over]
+        for old in {*files} - {*whole[:KEEP]}:
             old.unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
@@ -184,9 +294,14 @@ class RunFolder:
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Append to metrics.jsonl, one JSON object a line. Raises UserError if the disk refuses."""
+        with self._written_metrics(), self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    @contextmanager
+    def _written_metrics(self) -> Iterator[None]:
+        """Inside, what the disk refuses becomes a UserError."""
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.metrics}: not written ({error.strerror}). Make room; the same command goes "
@@ -194,11 +309,22 @@ class RunFolder:
             ) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a line cut by a kill is left out."""
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        """All whole rows of metrics.jsonl; a line cut by a kill or damaged is left out."""
+        return [row for row in map(read_row, metrics_lines(self.metrics)) if row]
+
+
+def metrics_lines(metrics: Path) -> list[str]:
+    """Lines of metrics.jsonl; none where there is no such file. Bytes that are no text stay in."""
+    if not metrics.exists():
+        return []
+    return metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def read_row(line: str) -> dict[str, Any] | None:
+    """Values by name, `step` among them; None for a line that is no such row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_row and all(type(v) in (int, float) for v in row.values()) else None

@@ -17,21 +17,27 @@ def write_weights(
     network: Network,
     dtype: torch.dtype,
     beside: dict[str, Tensor] | None = None,
+    made_from: dict[str, str] | None = None,
 ) -> None:
     """Weights under their names in a file, with the recipe of `network`'s student. Atomic.
 
-    beside: other weights, which keep their dtype.
+    beside: other weights, which keep their dtype. made_from: what it says of its checkpoint.
     """
     channels, height, width = network.shape
     pixels = (channels, network.downscale * height, network.downscale * width)
     metadata = recipe.to_metadata(f"{recipe.teacher}, {recipe.nfe} step", pixels)
-    metadata |= network.file_metadata()
+    metadata |= network.file_metadata() | (made_from or {})
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_safetensors(path, cast | (beside or {}), metadata)
 
 
 def write_student(
-    path: Path, student: Network, recipe: Recipe, tensors: dict[str, Tensor] | None = None
+    path: Path,
+    student: Network,
+    recipe: Recipe,
+    tensors: dict[str, Tensor] | None = None,
+    made_from: dict[str, str] | None = None,
 ) -> None:
     """The student of a run, over an older one: a LoRA, or the network's weights (`tensors`)."""
-    write_weights(path, tensors or student.file_tensors(), recipe, student, student.file_dtype)
+    weights, dtype = tensors or student.file_tensors(), student.file_dtype
+    write_weights(path, weights, recipe, student, dtype, made_from=made_from)

@@ -35,6 +35,7 @@ from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder
 from ..run.pixels import grid, picture, save_picture
 from ..run.sample_sheet import SampleSheet
+from ..run.verify import verify
 from .bar import STOPPED, StopRequest, bar, console, say, told, watch
 from .tables import numbers_table, plan_table, preset_tables
 
@@ -157,9 +158,27 @@ def export_(
     """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
     if out:
         _require_own(out, RECIPE_KEY)
+    notes: list[str] = []
     with console.status("export"):
-        path = export(run, form, dtype, out)
+        path = export(run, form, dtype, out, notes)
+    for note in notes:
+        say(note)
     say(f"{path}: put it into {FOLDERS[form]}")
+
+
+@app.command("verify")
+def verify_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+) -> None:
+    """What of a run is whole, a line a file. Exit code 1 where something is not."""
+    verdicts = []
+    for verdict in verify(run):
+        say(f"{verdict.file}: {verdict.said}")
+        verdicts.append(verdict)
+    damaged = sum(not verdict.is_whole for verdict in verdicts)
+    say(f"{len(verdicts)} files, {damaged or 'none'} damaged")
+    if damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

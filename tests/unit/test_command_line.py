@@ -127,7 +127,7 @@ def test_a_teacher_is_written_over_an_older_one(tmp_path: Path, dmd: Command) ->
     sizes = []
     for seed in (0, 2**64 - 1):
         assert dmd("teacher", "digits", "--out", out, "--steps", 1, "--seed", seed).code == 0
-        sizes.append(peek(out))
+        sizes.append(peek(out)[0])
     assert sizes[0] == sizes[1]
 
 
