@@ -280,14 +280,20 @@ class RunFolder:
         }
         file = _checkpoint_file(self.checkpoints, checkpoint.step)
         write_safetensors(file, checkpoint.tensors, said)
-        self._passed_over.discard(file)
+        for damaged in self._passed_over - {file}:
+            damaged.unlink(missing_ok=True)
+        self._passed_over.clear()
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         files = checkpoint_files(self.checkpoints)
         whole = [file for file in files if file not in self._passed_over]
-        for old in {*files} - {*whole[:KEEP]}:
+        for old in whole[KEEP:]:
             old.unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
-        """Drop what a killed run logged past the checkpoint that is being taken up."""
+        """Drop what a killed run logged past the checkpoint that is being taken up, or kept."""
+        self._drop_old()
         if self.metrics.exists():
             rows = [row for row in self.read_metrics() if row["step"] <= step]
             write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
