@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from kit.checkpoints import tiny_sd2_eps, tiny_sd2_v, tiny_sd15, tiny_sdxl
-from kit.comfy_host import Server
+from kit.comfy_host import Server, comfyui_tree
 from kit.flow_model import (
     LATENT_SCALE,
     SHIFT,
@@ -28,6 +29,7 @@ from kit.published import kohya, lora_of, merged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmd_train.families import FAMILIES
 from dmd_train.method.network import Condition
 from dmd_train.method.noise import Flow, per_sample
 from dmd_train.networks.load import load
@@ -119,6 +121,13 @@ def test_a_unet_on_the_canvas_predicts_what_diffusers_predicts_of_its_file(
     assert asked.told[:2] == list(FAMILY[family])
     assert asked.found["image"].shape == (3, 3, 64, 64)
     assert float(asked.found["gradient"].norm()) > 0
+
+
+def test_every_class_that_a_family_is_known_by_is_one_of_comfyuis() -> None:
+    """A misspelt one would be passed over."""
+    source = (comfyui_tree() / "comfy/supported_models.py").read_text()
+    classes = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    assert {name for family in FAMILIES.values() for name in family.comfy} <= classes
 
 
 @pytest.mark.parametrize(("make", "side"), [(tiny_sd2_eps, 512), (tiny_sd2_v, 768)])

@@ -14,6 +14,7 @@ from dmd_train.errors import UserError
 from dmd_train.iteration import Distillation
 from dmd_train.method.adapters import Adapters
 from dmd_train.method.lora import kohya_name, merge_lora
+from dmd_train.method.network import Network
 from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.roles import Roles, three_networks, two_adapters
@@ -75,6 +76,16 @@ def test_critic_and_student_start_as_the_teacher_exactly() -> None:
 def test_with_adapters_off_the_network_answers_as_it_did_before_it_had_any() -> None:
     alone = tiny_sd().predict_x0(*inputs())
     assert torch.equal(predictions(roles())["teacher"], alone)
+
+
+def test_each_role_is_what_the_network_is_in_all_that_a_network_declares() -> None:
+    network = tiny_sd()
+    network.latent_scale, network.downscale, network.sigma_data = 0.3, 4, 0.7
+    network.decoder = nn.Identity()
+    of = two_adapters(network, rank=4, alpha=4, seed=0)
+    for name in Network.__annotations__:
+        for role in (of.teacher, of.critic, of.student):
+            assert getattr(role.network, name) is getattr(network, name), name
 
 
 def test_teacher_critic_and_student_answer_differently_in_any_order_of_asking() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from kit.command_line import Command, WriteRun
+from kit.sd_runs import PROMPTS
 
 from dmd_train import plan
 from dmd_train.config import load_config
+from dmd_train.files.shards import Shards
 from dmd_train.networks.load import load_teacher
 from dmd_train.prepare import make_roles
 
@@ -36,6 +38,24 @@ def test_plan_tells_what_a_run_takes_and_leaves_nothing_behind(
     for row in ("peak memory", "peak RAM", "disk", "an iteration", "pairs", "the run, 3 steps"):
         assert row in said
     assert "GiB" in said and " min " in said and "yes" in said and "NO" not in said
+
+
+def test_plan_counts_pairs_and_prompts_by_the_bytes_that_they_take(
+    write_sd_run: WriteRun, dmd: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plan, "ITERATIONS", 1)
+    six = tmp_path / "six.txt"
+    six.write_text("\n".join([*PROMPTS, "a fourth", "a fifth", "a sixth"]))
+
+    def disk(**settings: Any) -> int:
+        return plan.measure(load_config(write_sd_run(**settings), []), CPU).disk
+
+    least, of_six, of_pairs = disk(), disk(prompts=str(six)), disk(regression_weight=0.25)
+    assert dmd("pairs", tmp_path / "run.yaml").code == 0
+    text, made = Shards(tmp_path / "run/text"), Shards(tmp_path / "run/pairs")
+    assert len(text) == len(PROMPTS) == 3
+    assert of_six - least == text.column("text").nbytes
+    assert of_pairs - least == made.column("noise").nbytes + made.column("image").nbytes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A stopped run, continued, is the uninterrupted run."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from kit.command_line import Command, WriteRun, run_command
 from kit.runs import logged_steps, newest_step
 
 from dmd_train.files.read import read_safetensors
-from dmd_train.files.write import write_atomically
+from dmd_train.files.write import write_atomically, write_text
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 160, 10
@@ -165,6 +166,28 @@ def test_a_folder_in_use_by_a_live_run_is_refused(
 def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
     files = sorted(file.name for file in (uninterrupted / "checkpoints").iterdir())
     assert files == [f"step-{step:08d}.safetensors" for step in (STEPS - INTERVAL, STEPS)]
+
+
+def test_who_reads_a_file_that_is_written_anew_reads_the_old_one_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    write_text(path, "the old one")
+    with path.open() as reader:
+        write_text(path, "another")
+        assert reader.read() == "the old one"
+    assert path.read_text() == "another"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.yaml"
+    write_text(path, "the old one")
+    flushed: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, path.read_text()))
+    )
+    write_text(path, "another")
+    assert (path.stat().st_ino, "the old one") in flushed
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
