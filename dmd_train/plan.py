@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -110,7 +111,7 @@ def measure(config: Config, device: torch.device) -> Measured:
 def _small_run(config: Config, prompts: list[str]) -> Iterator[RunFolder]:
     """The run with few of its prompts, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        moved = {"output": Path(folder, "run"), "trackers": []}
+        moved: dict[str, Any] = {"output": Path(folder, "run")}
         if prompts:
             moved["prompts"] = str(Path(folder, "prompts.txt"))
             write_text(Path(folder, "prompts.txt"), "\n".join(prompts))
