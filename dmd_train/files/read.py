@@ -51,8 +51,16 @@ def read_safetensors(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str
 
 
 def require_file(path: Path) -> None:
-    """Raises UserError for what is no file: nothing, a folder, a pipe or a device without end."""
+    """Raises UserError for what is no file: nothing, a folder, a pipe or a device without end; and
+    for one that cannot be read."""
     if os.path.isfile(path):
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}). Copy it to where it can."
+            ) from None
         return
     if not os.path.exists(path):  # also of a name too long, and of a link to itself
         raise UserError(
