@@ -117,6 +117,7 @@ def makers(models: Path) -> dict[str, Maker]:
         importlib.import_module(module)
     torch.set_num_threads(1)
     pipeline = micro_pipeline(models / "pipeline")
+    (pipeline / "prompts.txt").write_text("a 3\n")
     unet, _ = read_safetensors(pipeline / "unet/diffusion_pytorch_model.safetensors")
     lora = _lora_of(unet)
     adm = adm_state(8, [128], 1, set(), 10)
@@ -213,6 +214,10 @@ def _finished_run(folder: Path) -> Path:
 
 def _settings(folder: Path, values: dict[str, Any]) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
+
+
+def _sd_run(pipeline: Path) -> dict[str, Any]:
+    return SD_RUN | {"teacher": str(pipeline), "prompts": str(pipeline / "prompts.txt")}
 
 
 def _strange(random: Random) -> Any:
@@ -444,14 +449,14 @@ def _prompts(pipeline: Path, random: Random, folder: Path) -> Attempt:
         case 7:
             os.mkfifo(path)
         case 8:
-            name = random.choice(["/dev/zero", "/dev/full", "", ".", "x" * 5000, CONTROL, "none"])
+            name = random.choice(["/dev/zero", "/dev/full", ".", "x" * 5000, CONTROL, "none"])
         case 9:
             path.write_text("\n".join(f"{i}" * 3 for i in range(30)), encoding="utf-16")
         case 10:
             path.write_text(" ".join(["red"] * random.choice([200, 200_000])))
         case 11:
             path.symlink_to(path)
-    _settings(folder, SD_RUN | {"teacher": str(pipeline), "prompts": name})
+    _settings(folder, _sd_run(pipeline) | {"prompts": name})
     return Attempt(["train", "run.yaml"], ("run/", "run"))
 
 
@@ -494,7 +499,7 @@ def _special(pipeline: Path, random: Random, folder: Path) -> Attempt:
         case "run.yaml":
             return Attempt([random.choice(["train", "plan", "pairs"]), name])
         case "decoder":
-            _settings(folder, SD_RUN | {"teacher": str(pipeline), "decoder": _plain(name)})
+            _settings(folder, _sd_run(pipeline) | {"decoder": _plain(name)})
             return Attempt(["train", "run.yaml"], ("run/", "run"))
     _settings(folder, RUN | {"teacher": _plain(name)})
     return Attempt([command, "run.yaml"], ("run/", "run"))
@@ -860,7 +865,7 @@ def _folder(pipeline: Path, random: Random, folder: Path) -> Attempt:
                 data[random.randrange(len(data))] = random.randrange(256)
             path.write_bytes(data)
     if random.random() < 0.3:
-        _settings(folder, SD_RUN | {"teacher": "model"})
+        _settings(folder, _sd_run(pipeline) | {"teacher": "model"})
         return Attempt(["train", "run.yaml"], ("run/", "run"))
     return Attempt(
         ["sample", "model", "--prompt", "a 3", "--count", "1", "--out", "out.npy"], ("out.npy",)
@@ -932,7 +937,7 @@ def _decoder(pipeline: Path, random: Random, folder: Path) -> Attempt:
         torch.save(tensors, folder / name)
     else:
         _save(folder / name, tensors, {})
-    _settings(folder, SD_RUN | {"teacher": str(pipeline), "decoder": name})
+    _settings(folder, _sd_run(pipeline) | {"decoder": name})
     return Attempt(["train", "run.yaml"], ("run/", "run"))
 
 
