@@ -271,7 +271,7 @@ def test_a_flux_is_told_its_guidance_through_its_own_extra_conds(server: Server)
 def test_the_digits_model_predicts_as_the_engine_does(server: Server) -> None:
     graph = Graph()
     model = graph.add("DMD_LoadCheckpoint", file="dmd_students/digits-teacher.safetensors")
-    labels = graph.add("DMD_ClassLabel", labels="3, 7")
+    labels = graph.classes("3, 7")
     rows, settings = (1, 0, 1), {"preset": "digits-one-step", "resolution": 0}
     asked = ask(server, graph, model, labels, (1, 8, 8), rows, settings)
     network = load("digits", torch.device("cpu")).network

@@ -138,7 +138,7 @@ def test_an_update_gives_gradients_to_the_adapter_that_learns_alone(learns: str)
 
 
 def student_gradients(checkpointing: Callable[[Roles], None]) -> dict[str, Tensor]:
-    """Of the distribution matching, whose own forwards leave another adapter active."""
+    """The distribution matching's, whose own forwards leave another adapter active."""
     of = roles()
     checkpointing(of)
     x, t, condition = inputs()
@@ -166,7 +166,7 @@ def checkpointed(of: Roles) -> None:
 
 
 def checkpointed_by_torch(of: Roles) -> None:
-    """As diffusers does by itself: recomputed under whatever adapter is active by then."""
+    """What diffusers does by itself: recomputed under whatever adapter is active by then."""
 
     def by_torch(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)

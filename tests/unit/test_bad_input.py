@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.command_line import Command, WriteRun, refused
 from safetensors.torch import save_file
 
 from dmd_train.config import load_config
@@ -17,18 +18,6 @@ from dmd_train.files.read import read_safetensors
 from dmd_train.files.write import write_atomically, write_safetensors, write_text
 from dmd_train.networks.load import DIGITS_TEACHER
 from dmd_train.run.folder import RunFolder
-
-Command = Callable
-WriteRun = Callable[..., Path]
-
-
-def refused(outcome: tuple[int, str, str], *words: object) -> None:
-    code, out, err = outcome
-    assert code == 2, out + err
-    assert len(err.strip().splitlines()) == 1, err
-    assert "Traceback" not in out + err
-    for word in words:
-        assert str(word) in err
 
 
 @pytest.mark.parametrize(

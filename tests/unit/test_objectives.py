@@ -354,7 +354,7 @@ def digits_trio() -> tuple[EDMNetwork, EDMNetwork, EDMNetwork]:
 
 
 def relative_error(module: nn.Module, exact: nn.Module) -> float:
-    """Of the gradient, over all parameters together."""
+    """The gradient's, over all parameters together."""
     ours = nn.utils.parameters_to_vector(p.grad for p in module.parameters()).double()
     truth = nn.utils.parameters_to_vector(p.grad for p in exact.parameters())
     return float((ours - truth).norm() / truth.norm())

@@ -41,7 +41,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def watch(state: Distillation) -> list[tuple[set[str], set[str]]]:
-    """For each update: the roles that changed since the one before, and those with gradients."""
+    """Roles by update: those that changed since the one before, and those with gradients."""
     roles = {name: getattr(state.roles, name) for name in ("teacher", "critic", "student")}
     last = {name: weights(role) for name, role in roles.items()}
     log: list[tuple[set[str], set[str]]] = []
@@ -225,7 +225,7 @@ def test_the_student_follows_distribution_matching_plus_the_weighted_regression(
     losses: list[float] = []
 
     def check(*_: object) -> None:
-        """Once more as one sum, before anything is updated."""
+        """The losses once more as one sum, before anything is updated."""
         x, x_ref = (network.network.predict_x0(c.x_t, c.t, c.condition) for c in network.calls)
         whole = pairs.take(torch.arange(len(pairs)), CPU)
         scaled = 80 * whole.noise
