@@ -39,12 +39,6 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
-def cut(value: object, length: int = 80) -> str:
-    """A value out of somebody else's file, as much of it as a message has room for."""
-    text = str(value)
-    return text if len(text) <= length else f"{text[:length]}..."
-
-
 class OutOfMemory(UserError):
     """What was asked for does not fit this device."""
 

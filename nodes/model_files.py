@@ -4,7 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..dmd_train.errors import UserError, cut
+from ..dmd_train.errors import UserError
 
 PACK = Path(__file__).resolve().parents[1]
 STUDENTS = "dmd_students"
@@ -34,5 +34,5 @@ def path_of(choice: str) -> Path:
     folder, _, name = choice.partition("/")
     path = folder_paths.get_full_path(folder, name) if folder in FOLDERS else None
     if path is None:
-        raise UserError(f"{cut(choice, 300)}: no such file. Press R to read the folders again.")
+        raise UserError(f"{choice}: no such file. Press R to read the folders again.")
     return Path(path)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError, cut
+from ..errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 Weights = dict[str, Tensor]
@@ -63,9 +63,7 @@ def require_file(path: Path) -> None:
             ) from None
         return
     if not os.path.exists(path):  # also of a name too long, and of a link to itself
-        raise UserError(
-            f"{cut(path, 300)}: no such file. Check the path; it is relative to this folder."
-        )
+        raise UserError(f"{path}: no such file. Check the path; it is relative to this folder.")
     what = "a folder" if os.path.isdir(path) else "a pipe or a device"
     raise UserError(f"{path}: {what}, not a file of weights. Give the file itself.")
 
@@ -104,7 +102,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
                 "Convert it to .safetensors first."
             ) from None
         raise UserError(
-            f"{path}: not a whole safetensors file ({cut(error)}). Download or copy it again."
+            f"{path}: not a whole safetensors file ({error}). Download or copy it again."
         ) from None
 
 
@@ -139,7 +137,7 @@ def _read_pickle(path: Path) -> Weights:
     entries = loaded if isinstance(loaded, dict) else {}
     is_weights = all(isinstance(k, str) and _is_whole(v) for k, v in entries.items())
     if not isinstance(loaded, dict) or not is_weights:
-        keys = ", ".join(cut(key) for key in list(entries)[:3])
+        keys = ", ".join(str(key) for key in list(entries)[:3])
         what = "an optimiser's state" if "param_groups" in keys else "not a model's state dict"
         raise UserError(
             f"{path}: {what} (keys such as {keys or 'none'}). Give a file of model weights."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, cut
+from ..errors import UserError
 
 OWN_KEY = re.compile(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
 """Every key of a LoRA as it is written here."""
@@ -62,15 +62,13 @@ def merge_lora(module: nn.Module, tensors: dict[str, Tensor], file: str) -> None
         down, up = (tensors.get(f"{key}.lora_{way}.weight") for way in ("down", "up"))
         weight = getattr(layers.get(key), "weight", None)
         if weight is None or down is None or up is None:
-            raise UserError(
-                f"{file}: its layer {cut(key)} is none of the base model's. Another base?"
-            )
+            raise UserError(f"{file}: its layer {key} is none of the base model's. Another base?")
         alpha = tensors.get(f"{key}.alpha")
         delta = _delta(down, up, alpha)
         if delta is None or weight.ndim < 2 or delta.shape != weight.flatten(1).shape:
             shapes = ", ".join(str(tuple(value.shape)) for value in (down, up, weight))
             raise UserError(
-                f"{file}: its layer {cut(key)} does not fit the base model's (down, up, base: "
+                f"{file}: its layer {key} does not fit the base model's (down, up, base: "
                 f"{shapes}). Another base?"
             )
         weight += delta.view_as(weight).to(weight)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import UserError, cut
+from ..errors import UserError, shown
 from .noise import TIMESTEPS
 
 RECIPE_KEY = "dmd.recipe"
@@ -48,7 +48,7 @@ class Recipe(BaseModel):
             raise PydanticCustomError(
                 NOT_FALLING,
                 "timesteps {timesteps} do not fall within {last}..0",
-                {"timesteps": cut(timesteps[:20]), "last": TIMESTEPS - 1},
+                {"timesteps": str(timesteps[:20]), "last": TIMESTEPS - 1},
             )
         return timesteps
 
@@ -100,7 +100,7 @@ def said(error: ValidationError) -> str:
     """What is wrong with a file's metadata, in a few words: where, and why."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{cut(where)}: {first['msg'].lower()}" if where else first["msg"].lower()
+    return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()
 
 
 def pixels_of(metadata: dict[str, str], file: str) -> int:
@@ -111,7 +111,7 @@ def pixels_of(metadata: dict[str, str], file: str) -> int:
     found = re.fullmatch(r"([0-9]{1,4})(x[0-9]{1,4})?", size)
     if found is None or int(found[1]) not in SIZES:
         raise UserError(
-            f"{file}: its modelspec.resolution is {cut(size)!r}, no size of {SIZES[0]} to "
+            f"{file}: its modelspec.resolution is {shown(size)}, no size of {SIZES[0]} to "
             f"{SIZES[-1]} pixels. Get the file again from its author."
         )
     return int(found[1])

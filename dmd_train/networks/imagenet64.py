@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError, cut
+from ..errors import UserError
 from ..files.read import Weights
 from .edm import EDMNetwork
 from .edm_unet import edm_unet
@@ -53,10 +53,10 @@ def imagenet64_network(state: Weights, file: str, license: str) -> EDMNetwork:
         network.module.load_state_dict(converted, assign=True)
     except KeyError as error:
         raise UserError(
-            f"{file}: an EDM network unlike DMD2's ImageNet-64: it has no {cut(error)}."
+            f"{file}: an EDM network unlike DMD2's ImageNet-64: it has no {error}."
         ) from None
     except Exception as error:  # of another layout, in whatever was being done
-        reason = cut(next(reversed(str(error).strip().splitlines()), type(error).__name__))
+        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{file}: an EDM network unlike DMD2's ImageNet-64: {reason}.") from None
     network.module.eval()
     return network
@@ -67,7 +67,7 @@ def _config(state: Weights) -> dict[str, Any]:
     blocks = [key.split(".")[2] for key in state if key.startswith("model.enc.")]
     sizes = sorted({int(block.split("x")[0]) for block in blocks}, reverse=True)
     if sizes[0] > LARGEST:
-        raise ValueError(f"{cut(sizes[0])} pixels a side, more than {LARGEST}")
+        raise ValueError(f"{sizes[0]} pixels a side, more than {LARGEST}")
     channels = [len(state[f"model.enc.{s}x{s}_block0.conv0.weight"]) for s in sizes]
     if min(channels) < 4 * GROUPS:
         raise ValueError(f"{min(channels)} channels, fewer than {4 * GROUPS}: no 32 groups")
@@ -97,7 +97,7 @@ def _convert(state: Weights, config: dict[str, Any]) -> Weights:
     """All weights under diffusers' names. Raises ValueError if one is left over."""
     whole = [key for key, value in state.items() if not value.is_floating_point()]
     if whole:
-        raise ValueError(f"its {cut(whole[0])} is stored in whole numbers")
+        raise ValueError(f"its {whole[0]} is stored in whole numbers")
     left = {key: value.float() for key, value in state.items()}
     top = config["sample_size"]
     # one-hot times matrix becomes a row of a table; "no class" was a vector of zeros
@@ -111,7 +111,7 @@ def _convert(state: Weights, config: dict[str, Any]) -> Weights:
         if f"{source}.qkv.weight" in left:
             converted |= _attention(left, source, attention)
     if left:
-        raise ValueError(f"it also holds {', '.join(map(cut, list(left)[:3]))}")
+        raise ValueError(f"it also holds {', '.join(list(left)[:3])}")
     return converted
 
 

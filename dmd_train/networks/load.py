@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import CANVAS, DIGITS, Config
-from ..errors import UserError, cut
+from ..errors import UserError
 from ..families import TOLD_PROMPTS
 from ..files.read import Weights, hash_of, peek, read_weights
 from ..files.write import write_safetensors
@@ -108,7 +108,7 @@ def _own(description: Description, weights: Weights, file: str) -> EDMNetwork:
             own = build().module.state_dict()
     except Exception as error:  # diffusers fails in whatever it happened to be doing
         raise UserError(
-            f"{file}: what it says of its network makes none ({cut(error)}). Get the file again "
+            f"{file}: what it says of its network makes none ({error}). Get the file again "
             "from its author."
         ) from None
     wrong = sorted(
@@ -121,7 +121,7 @@ def _own(description: Description, weights: Weights, file: str) -> EDMNetwork:
     )
     if wrong:
         raise UserError(
-            f"{file}: its weights do not fit its network ({cut(wrong[0])} and {len(wrong) - 1} "
+            f"{file}: its weights do not fit its network ({wrong[0]} and {len(wrong) - 1} "
             "others). Get the file again from its author."
         )
     return build()

@@ -8,9 +8,10 @@ published file; where neither tells, the recipe is None and `Found.summary` asks
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Literal
 
-from ..errors import UserError, cut
+from ..errors import UserError
 from ..families import FAMILIES, TITLES, TOLD_PROMPTS, of_width
 from ..files.read import Shapes
 from ..method.lora import OWN_KEY
@@ -74,7 +75,7 @@ class Found:
         extra = [name for name, is_in in (("CLIP", self.text_encoder), ("VAE", self.vae)) if is_in]
         layout = self.layout + (f" with {' and '.join(extra)}" if extra else "")
         family = FAMILIES[self.family].title if self.family in FAMILIES else self.family
-        return f"{family}, {layout}: {self._steps or unknown}; licence {cut(self.license)}"
+        return f"{family}, {layout}: {self._steps or unknown}; licence {shorten(self.license, 80)}"
 
     @property
     def _steps(self) -> str:
@@ -193,7 +194,7 @@ def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
 def _inputs(shapes: Shapes, key: str) -> int:
     """How many numbers a layer reads. Raises ValueError for what is no layer's weight."""
     if len(shapes[key]) < 2:
-        raise ValueError(f"its {cut(key)} has the shape {shapes[key]}, which is no layer's")
+        raise ValueError(f"its {key} has the shape {shapes[key]}, which is no layer's")
     return shapes[key][1]
 
 
@@ -218,7 +219,7 @@ def _accepted(wanted: Kind | None, ours: str) -> str:
 
 def _refusal(name: str, what: str, keys: Iterable[str], way_out: str) -> UserError:
     listed = list(keys)
-    some = dict.fromkeys(map(cut, (listed[0], listed[len(listed) // 2], listed[-1])))
+    some = dict.fromkeys((listed[0], listed[len(listed) // 2], listed[-1]))
     return UserError(f"{name}: {what} (keys such as {', '.join(some)}). {way_out}".rstrip())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
-from ..errors import UserError, cut
+from ..errors import UserError, shown
 from ..families import FAMILIES, TITLES, Family
 from ..files.read import Shapes, hash_of, peek, read_weights
 from ..method.noise import Prediction
@@ -141,7 +141,7 @@ def _prediction(path: Path, shapes: Shapes, metadata: dict[str, str], family: st
 
 def predicts(path: Path, said: str) -> Prediction:
     if said not in PREDICTIONS:
-        raise UserError(f"{path}: predicts {cut(said)!r}, not epsilon or v. {GIVE}")
+        raise UserError(f"{path}: predicts {shown(said)}, not epsilon or v. {GIVE}")
     return PREDICTIONS[said]
 
 
@@ -160,5 +160,5 @@ def named(path: Path, part: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # those who convert and build fail in whatever they were doing
-        reason = cut(next(iter(str(error).strip().splitlines()), type(error).__name__), 200)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path}: a {part} of another layout ({reason}). {GIVE}") from None

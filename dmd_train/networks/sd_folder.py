@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
-from ..errors import UserError, cut
+from ..errors import UserError
 from ..families import TOLD_PROMPTS
 from ..files.read import Weights, hash_of, read_weights
 from ..method.noise import TIMESTEPS
@@ -115,7 +115,7 @@ def open_folder(path: Path) -> SDFolder:
     family = next((family for family in alike if family.text_width == width), alike[0])
     if unet.get("in_channels") != family.latent_channels:
         raise UserError(
-            f"{path}: its UNet has {cut(unet.get('in_channels'))} input channels, so it is for "
+            f"{path}: its UNet has {unet.get('in_channels')} input channels, so it is for "
             f"inpainting, editing or another kind of image. {GIVE}"
         )
     is_refiner = added and width == 1280
@@ -129,9 +129,7 @@ def open_folder(path: Path) -> SDFolder:
         raise other_noise(path, ZERO_SNR)
     for key, value in BETAS.items():
         if scheduler.get(key) != value:
-            raise other_noise(
-                path, f"its scheduler has {key} {cut(scheduler.get(key))}, not {value}"
-            )
+            raise other_noise(path, f"its scheduler has {key} {scheduler.get(key)}, not {value}")
     prediction = predicts(path, read.prediction_type)
     hashes = [hash_of(file) for file in _weight_files(path / "unet")]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

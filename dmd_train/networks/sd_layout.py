@@ -16,7 +16,6 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..errors import cut
 from ..families import FAMILIES
 from ..files.read import Weights
 from .ldm_names import LDM
@@ -62,12 +61,12 @@ def fit(module: nn.Module, weights: Weights) -> None:
     """Give `module`, which may be on the meta device, exactly these weights."""
     own = module.state_dict()
     for key in own.keys() - weights.keys():
-        raise ValueError(f"{cut(key)} is missing")
+        raise ValueError(f"{key} is missing")
     for key in weights.keys() - own.keys():
-        raise ValueError(f"{cut(key)} has no place")
+        raise ValueError(f"{key} has no place")
     for key, value in weights.items():
         if value.shape != own[key].shape:
-            raise ValueError(f"{cut(key)} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
+            raise ValueError(f"{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
     module.load_state_dict(_one_dtype(weights), assign=True)
 
 
