@@ -112,7 +112,7 @@ def _become(arguments: list[str], folder: Path) -> None:
         main(arguments)
         code = 0
     except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else 1
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

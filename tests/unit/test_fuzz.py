@@ -1,7 +1,7 @@
 """A thousand inputs drawn from a seed end in one line and exit 2, or in what was asked.
 
-`kit/fuzz.py` says what is asked of each, `kit/hostile.py` makes them; a line here is what to type to
-see one again. A tenth of them has another seed, so that they are not tried twice.
+`kit/fuzz.py` says what is asked of each, `kit/hostile.py` makes them; a line of a failure is what
+to type to see that one again. The quick tenth has another seed, so that none is tried twice.
 """
 
 import json
@@ -50,5 +50,5 @@ def test_a_bad_input_is_one_line_and_harms_nothing(
         if outcome["wrong"]
     ]
     assert wrong == []
-    # an input that is no longer understood as a file of its kind would be refused for another reason
+    # were every input refused, their damage might not be what they are refused for
     assert {outcome["code"] for outcome in outcomes} == {0, 2}
