@@ -39,7 +39,14 @@ def read_weights(path: Path, *prefixes: str) -> tuple[Weights, dict[str, str]]:
     prefixes: only weights whose names start with one of them; of safetensors the rest is not read.
     """
     if path.suffix.lower() in PICKLES:
-        return {k: v for k, v in _read_pickle(path).items() if k.startswith(prefixes or "")}, {}
+        weights = {k: v for k, v in _read_pickle(path).items() if k.startswith(prefixes or "")}
+        for key, value in weights.items():
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise UserError(
+                    f"{path}: {key} repeats its values, to {value.nbytes} bytes. Get a "
+                    ".safetensors file of the same weights."
+                )
+        return weights, {}
     return read_safetensors(path, *prefixes)
 
 
@@ -135,7 +142,7 @@ def _read_pickle(path: Path) -> Weights:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     entries = loaded if isinstance(loaded, dict) else {}
-    is_weights = all(isinstance(k, str) and _is_whole(v) for k, v in entries.items())
+    is_weights = all(isinstance(k, str) and _is_plain(v) for k, v in entries.items())
     if not isinstance(loaded, dict) or not is_weights:
         keys = ", ".join(str(key) for key in list(entries)[:3])
         what = "an optimiser's state" if "param_groups" in keys else "not a model's state dict"
@@ -152,8 +159,8 @@ def _require_stored(path: Path) -> None:
             raise ValueError
 
 
-def _is_whole(value: object) -> bool:
-    """Whether this is a tensor with every one of its values in the file, none of them twice."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+def _is_plain(value: object) -> bool:
+    """Whether this is a tensor whose values are in the file, as they are."""
+    if not isinstance(value, Tensor) or value.is_quantized:
         return False
-    return not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
+    return value.layout == torch.strided and value.device.type == "cpu"
