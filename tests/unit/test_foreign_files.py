@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dmd_train.errors import UserError
 from dmd_train.files.read import hash_of, peek, read_weights
 from dmd_train.method.lora import merge_lora
-from dmd_train.method.recipe import LICENSE, RECIPE_KEY, Recipe, read_recipe
+from dmd_train.method.recipe import LICENSE, RECIPE_KEY, Recipe, pixels_of, read_recipe
 from dmd_train.networks.edm_unet import edm_unet
 from dmd_train.networks.load import load, save
 from dmd_train.networks.recognise import recognise
@@ -151,6 +151,11 @@ def test_a_licence_of_megabytes_is_cut_where_a_student_would_carry_it() -> None:
     assert RECIPE.model_copy(update={"license": found.license}) == Recipe.model_validate_json(
         RECIPE.model_copy(update={"license": found.license}).model_dump_json()
     )
+
+
+@pytest.mark.parametrize("size", ["1x1", "99999999999x99999999999", "null", "", "9" * 5000])
+def test_a_size_that_no_model_draws_is_refused(size: str) -> None:
+    refused(lambda: pixels_of({"modelspec.resolution": size}, "some/file"), "64 to 8192 pixels")
 
 
 @pytest.fixture
