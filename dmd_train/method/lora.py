@@ -1,5 +1,6 @@
 """A LoRA as files lay it out: down, up and alpha of each layer, W + alpha / rank * up down."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -83,7 +84,9 @@ def _delta(down: Tensor, up: Tensor, alpha: Tensor | None) -> Tensor | None:
         return None
     if not all(value.is_floating_point() for value in (down, up)):
         return None
-    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not alpha.isfinite()):
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
         return None
     scale = 1.0 if alpha is None else float(alpha) / len(down)
+    if not math.isfinite(scale):
+        return None
     return scale * (up.float().flatten(1) @ down.float().flatten(1))

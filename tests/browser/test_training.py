@@ -26,7 +26,7 @@ DIGITS = 10
 STEPS, PAIRS = 1500, 16000
 """The preset's."""
 SHOWN = ("DMD_Distill", "DMD_Compare")
-PROGRESS = re.compile(r"(pair|step) (\d+) of (\d+), \d+:\d\d left", re.ASCII)
+PROGRESS = re.compile(r"(pairs|step) (\d+) of (\d+), \d+:\d\d left", re.ASCII)
 
 RED_PICTURE = {
     "1": {
@@ -56,7 +56,7 @@ def wait_for_line(page: ComfyPage, kind: str, at_least: int, timeout: float = 40
     """Until the line on DMD Distill has come so far."""
     page.page.wait_for_function(
         """([kind, least]) => {
-            const found = window.told.at(-1)?.match(/^(pair|step) (\\d+) of/)
+            const found = window.told.at(-1)?.match(/^(pairs|step) (\\d+) of/)
             return found && found[1] === kind && +found[2] >= least
         }""",
         arg=[kind, at_least],
@@ -82,7 +82,7 @@ def trained(server: Server, browser: Browser) -> Iterator[Trained]:
         page.look_at(*SHOWN)
         page.listen()
         page.press_run()
-        wait_for_line(page, "pair", 2000)
+        wait_for_line(page, "pairs", 2000)
         page.screenshot("distil-digits-pairs")
         wait_for_line(page, "step", STEPS // 2)
         node = "window.app.graph.nodes.find(node => node.type === 'DMD_Distill')"
@@ -107,7 +107,7 @@ def trained(server: Server, browser: Browser) -> Iterator[Trained]:
 
 def test_while_it_runs_the_node_says_how_far_it_is_and_shows_pictures(trained: Trained) -> None:
     progress = [found.groups() for text in trained.told if (found := PROGRESS.match(text))]
-    pairs = [(int(done), int(total)) for kind, done, total in progress if kind == "pair"]
+    pairs = [(int(done), int(total)) for kind, done, total in progress if kind == "pairs"]
     steps = [(int(done), int(total)) for kind, done, total in progress if kind == "step"]
     for seen, total in ((pairs, PAIRS), (steps, STEPS)):
         assert len(seen) >= 5
@@ -196,7 +196,7 @@ def test_a_stop_from_the_page_saves_and_says_so_and_run_goes_on(page: ComfyPage)
         return said
 
     page.press_run()
-    wait_for_line(page, "pair", 500)
+    wait_for_line(page, "pairs", 500)
     assert "finished pairs are kept. Run goes on." in stop()
 
     page.press_run()
