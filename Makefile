@@ -1,20 +1,33 @@
 # make demo: distil the embedded teacher, the main job.   make test: everything CI checks.
+# make quick: lint, types and the quick unit tests, in two minutes.   make format: ruff's own way.
 # make comfy: a ComfyUI of its own with this pack in it, until Ctrl-C.
 PYTHON ?= python3
 BIN := .venv/bin
 SET :=
 
-.PHONY: demo test comfy
+.PHONY: demo test quick lint format comfy
 
 demo: .venv/runtime
 	$(BIN)/python -m dmd_train demo $(SET)
 
-test: .venv/runtime .venv/test
+# two workers, a ComfyUI each: what two cores hold
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+
+test: lint
+	bash tests/install_system.sh
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) -m "not long" tests/unit
+
+lint: .venv/runtime .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	bash tests/install_system.sh
-	$(BIN)/python -m pytest
+
+format: .venv/runtime .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 comfy: .venv/runtime .venv/test
 	$(BIN)/python tests/kit/comfy_host.py

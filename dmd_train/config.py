@@ -1,14 +1,25 @@
 """run.yaml as a validated model, and the presets that fill in what it leaves out."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from .errors import UserError
+from .errors import UserError, shown
+from .files.text import read_text
+from .files.yaml import MOST, WAY_OUT, read_yaml
 from .method.noise import TIMESTEPS
 from .presets import PRESETS
 
@@ -22,20 +33,49 @@ DEFAULT_PRESET = "digits-one-step"
 """The embedded teacher's preset."""
 
 
+UPDATES = 10**7
+"""Most student updates: five hundred times the longest run published (DMD B.3)."""
+
+NEVER = 10**9
+"""Longest interval, beyond every run."""
+
+SAMPLES = 2**16
+"""Most samples of an update: the largest published is 2,304 (DMD B.3)."""
+
+PAIRS = 10**7
+"""Most pairs: twenty times the most published (DMD B.3)."""
+
+PIXELS = 8192
+"""Longest side of a picture: 16 times that of Stable Diffusion 1.x."""
+
+RANK = 4096
+"""Highest rank: beyond nearly every layer's width."""
+
+THREADS = 1024
+"""Most threads: more cores than a machine has. Each one asked for is started."""
+
+
+Words = Annotated[str, StringConstraints(max_length=4096)]
+"""A path or a name: what systems take of one."""
+
+
 class Config(BaseModel):
-    """One run. Every number has the default of its preset; names are those of the papers."""
+    """One run. Every number has the default of its preset; names are those of the papers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Bounds refuse what can only be a slip: they lie far beyond what was ever published.
+    """
 
-    teacher: str = Field(
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    teacher: Words = Field(
         description="'digits' (embedded), a .safetensors file, or a diffusers folder"
     )
-    prompts: str | None = Field(None, description="a text file, one a line; none: the shipped")
+    prompts: Words | None = Field(None, description="a text file, one a line; none: the shipped")
     output: Path = Field(description="the run folder")
     preset: str = Field(DEFAULT_PRESET, description="a row of the preset table")
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random in the run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
-    cpu_threads: int = Field(0, ge=0, description="0 leaves torch's own choice")
+    cpu_threads: int = Field(0, ge=0, le=THREADS, description="0 leaves torch's own choice")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the networks' arithmetic; auto: bf16 on a GPU. Masters are fp32"
     )
@@ -43,9 +83,11 @@ class Config(BaseModel):
     training: Literal["lora", "full"] = Field(
         description="lora: one frozen network with two adapters; full: three networks"
     )
-    lora_rank: int = Field(64, ge=1, description="of both adapters")
-    lora_alpha: float = Field(8.0, gt=0, description="over the rank: the adapters' scale")
-    resolution: int = Field(0, ge=0, description="pixels, a multiple of 64; 0: the teacher's own")
+    lora_rank: int = Field(64, ge=1, le=RANK, description="of both adapters")
+    lora_alpha: float = Field(8.0, gt=0, le=1e5, description="over the rank: the adapters' scale")
+    resolution: int = Field(
+        0, ge=0, le=PIXELS, description="pixels, a multiple of 64; 0: the teacher's own"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute activations twice instead of keeping them"
     )
@@ -53,49 +95,70 @@ class Config(BaseModel):
         "adamw", description="auto: 8 bits on a GPU where bitsandbytes is there"
     )
 
-    steps: int = Field(ge=1, description="student updates")
-    batch_size: int = Field(ge=1, description="samples of an update, over all processes")
-    micro_batch_size: int = Field(
-        0, ge=0, description="samples in the network at a time; 0: all. Changes memory alone"
+    steps: int = Field(ge=1, le=UPDATES, description="student updates")
+    batch_size: int = Field(
+        ge=1, le=SAMPLES, description="samples of an update, over all processes"
     )
-    learning_rate: float = Field(gt=0, description="of student and critic alike")
-    warmup_steps: int = Field(ge=0, description="linear, in student updates")
+    micro_batch_size: int = Field(
+        0,
+        ge=0,
+        le=SAMPLES,
+        description="samples in the network at a time; 0: all. Changes memory alone",
+    )
+    learning_rate: float = Field(gt=0, le=1e4, description="of student and critic alike")
+    warmup_steps: int = Field(ge=0, le=UPDATES, description="linear, in student updates")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-    clip_norm: float = Field(10.0, gt=0, description="largest gradient L2 norm of an update")
+    weight_decay: float = Field(0.01, ge=0, le=1e3, description="of AdamW")
+    clip_norm: float = Field(
+        10.0, gt=0, le=1e12, description="largest gradient L2 norm of an update"
+    )
     ema_decay: float = Field(ge=0, lt=1, description="of the student that is saved; 0 is off")
 
-    critic_updates: int = Field(5, ge=1, description="critic updates per student update")
-    guidance: float = Field(1.0, ge=0, description="of the teacher; baked into the student")
+    critic_updates: int = Field(5, ge=1, le=1000, description="critic updates per student update")
+    guidance: float = Field(1.0, ge=0, le=100, description="of the teacher; baked into the student")
     t_min: int = Field(20, ge=0, lt=TIMESTEPS, description="least timestep matched")
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
     conditioning_timestep: int = Field(
         TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
     )
-    regression_weight: float = Field(ge=0, description="of the regression on pairs; 0: none")
+    regression_weight: float = Field(
+        ge=0, le=1e6, description="of the regression on pairs; 0: none"
+    )
     regression_warmup_steps: int = Field(
-        0, ge=0, description="first student updates, on the regression alone"
+        0, ge=0, le=UPDATES, description="first student updates, on the regression alone"
     )
     regression_loss: Literal["mse", "pseudo-huber", "lpips"] = Field(
         "mse", description="mse and pseudo-huber on samples as they are, lpips on decoded ones"
     )
-    pairs: int = Field(ge=1, description="noise-image pairs made by the teacher")
-    pair_batch_size: int = Field(ge=1, description="pairs of a student update")
+    pairs: int = Field(ge=1, le=PAIRS, description="noise-image pairs made by the teacher")
+    pair_batch_size: int = Field(ge=1, le=SAMPLES, description="pairs of a student update")
     pair_sampler: Literal["heun", "pndm", "ddim", "euler", "dpmpp-2m"] = Field(
         "heun", description="the teacher's, for pairs and pictures"
     )
-    pair_steps: int = Field(18, ge=1, description="of that sampler")
+    pair_steps: int = Field(18, ge=1, le=TIMESTEPS, description="of that sampler")
     decoder: Path | None = Field(
         None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
     )
 
-    checkpoint_every: int = Field(ge=1, description="student updates between checkpoints")
-    sample_every: int = Field(ge=1, description="student updates between pictures")
+    checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
+    sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="where to log beside metrics.jsonl"
+        [], max_length=2, description="where to log beside metrics.jsonl"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_slip(cls, value: Any, field: ValidationInfo) -> Any:
+        """Refused: true and false for 1 and 0; an empty path, which would be this very folder."""
+        assert field.field_name
+        wanted = cls.model_fields[field.field_name].annotation
+        if isinstance(value, bool) and wanted in (int, float):
+            raise ValueError("should be a number")
+        if value == "" and field.field_name in ("teacher", "output", "decoder"):
+            raise ValueError("is empty. Name a file or a folder")
+        return value
 
     @field_validator("prompts")
     @classmethod
@@ -135,19 +198,20 @@ def make_config(values: dict[str, Any], source: str) -> Config:
     """Values over preset over defaults. `source` names the file in an error."""
     for key in values:
         if key not in Config.model_fields:
-            raise UserError(f"{source}: unknown key '{key}'.{_nearest(key, Config.model_fields)}")
+            near = _nearest(key, Config.model_fields)
+            raise UserError(f"{source}: unknown key {shown(key)}.{near}")
     preset = values.get("preset", DEFAULT_PRESET)
-    if preset not in PRESETS:
-        raise UserError(
-            f"{source}: preset: there is no '{preset}'.{_nearest(str(preset), PRESETS)}"
-        )
+    if not isinstance(preset, str) or preset not in PRESETS:
+        near = _nearest(str(preset), PRESETS)
+        raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
         config = Config.model_validate(PRESETS[preset].settings | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
-        raise UserError(f"{source}: {key}: {first['msg'].lower()}{given}") from None
+        given = "" if first["type"] == "missing" else f" (given: {shown(first['input'])})"
+        said = first["msg"].removeprefix("Value error, ").lower()
+        raise UserError(f"{source}: {key}: {said}{given}") from None
     if config.t_min > config.t_max:
         raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
     if config.resolution % 64:
@@ -157,7 +221,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
 
 def load_config(path: Path, overrides: list[str]) -> Config:
     """run.yaml, with `key=value` overrides on top."""
-    return make_config(_read_yaml(path) | parse_overrides(overrides), str(path))
+    values = settings_in(read_text(path, MOST, WAY_OUT), str(path))
+    return make_config(values | parse_overrides(overrides), str(path))
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -167,11 +232,16 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"--set {override}: write it as key=value, e.g. --set steps=500")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {override}: the value is not valid YAML.") from None
+        values[key.strip()] = read_yaml(value, f"--set {override}")
     return values
+
+
+def settings_in(text: str, source: str) -> dict[str, Any]:
+    """Lines of a run.yaml. Raises UserError for what is none; `source` names it."""
+    values = read_yaml(text, source)
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds no settings. {WAY_OUT}")
+    return {str(key): value for key, value in values.items()}
 
 
 def dump_config(config: Config) -> str:
@@ -179,22 +249,6 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Write one, e.g. 'teacher: digits'.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}).") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"{path}: not valid YAML{line}. Write one 'key: value' a line.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no settings. Write one 'key: value' a line.")
-    return {str(key): value for key, value in values.items()}
-
-
-def _nearest(name: str, known: Any) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else f" Known: {', '.join(known)}."

@@ -1,6 +1,5 @@
 """What a run will take, before it starts: three iterations of the real thing, in memory."""
 
-import shutil
 import statistics
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -25,6 +25,7 @@ from .method.seeding import generator, randn
 from .networks.load import load_teacher
 from .networks.loaded import Loaded
 from .prepare import carried_out, prepare
+from .room import disk_room, memory_of
 from .run.folder import KEEP, RunFolder
 
 ITERATIONS = 3
@@ -88,7 +89,7 @@ def measure(config: Config, device: torch.device) -> Measured:
     prompts = read_prompts(config.prompts) if loaded.text else []
     with _small_run(config, prompts[:SHARD]) as run:
         rehearsal = _rehearse(run, loaded, device)
-    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _ram_room()
+    room = memory_of(device)
     fits = rehearsal.peak is not None and rehearsal.peak <= room
     trained, needs_pairs = rehearsal.trained, config.needs_pairs
     return Measured(
@@ -101,7 +102,7 @@ def measure(config: Config, device: torch.device) -> Measured:
         room=room,
         ram=_peak_ram(),
         disk=_disk(config, trained, len(prompts) * rehearsal.condition, torch.Size(shape).numel()),
-        disk_room=shutil.disk_usage(_existing(config.output)).free,
+        disk_room=disk_room(config.output),
         advice=() if fits else (config.smaller,),
     )
 
@@ -110,7 +111,7 @@ def measure(config: Config, device: torch.device) -> Measured:
 def _small_run(config: Config, prompts: list[str]) -> Iterator[RunFolder]:
     """The run with few of its prompts, in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        moved = {"output": Path(folder, "run"), "trackers": []}
+        moved: dict[str, Any] = {"output": Path(folder, "run")}
         if prompts:
             moved["prompts"] = str(Path(folder, "prompts.txt"))
             write_text(Path(folder, "prompts.txt"), "\n".join(prompts))
@@ -190,13 +191,3 @@ def _peak_ram() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _ram_room() -> int:
-    return int(psutil.virtual_memory().total)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())

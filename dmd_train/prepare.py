@@ -26,6 +26,7 @@ from .method.processes import Processes
 from .method.roles import Roles, three_networks, two_adapters
 from .networks.loaded import Loaded, one_step_recipe
 from .presets import families_of, presets_for
+from .room import require_disk_for_pairs, require_room
 from .run.folder import RunFolder, require_teacher
 from .run.sample_sheet import SampleSheet
 from .run.trackers import require_trackers
@@ -149,6 +150,7 @@ def require_possible(config: Config, loaded: Loaded) -> None:
         )
     require_trackers(config)
     require_optimizer(config)
+    require_room(config, loaded.network)
 
 
 def make_conditions(
@@ -178,6 +180,7 @@ def make_run_pairs(
 ) -> Preparation[Pairs]:
     """The pairs in run.pairs, made where they are not there yet; each process makes its part."""
     config = run.config
+    require_disk_for_pairs(config, loaded.network, run.pairs)
     made = make_pairs(
         run.pairs,
         config.pairs,

@@ -8,7 +8,6 @@ import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
-import yaml
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
@@ -16,6 +15,7 @@ from ..dmd_train.config import CANVAS, DIGITS, Config, load_config, make_config
 from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
+from ..dmd_train.files.yaml import read_yaml
 from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.load import DIGITS_TEACHER, load
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
@@ -281,16 +281,26 @@ class DMDContinueRun(io.ComfyNode):
 
 
 def _advanced(text: str) -> dict[str, Any]:
-    """Lines of run.yaml. Raises UserError for what is none, and for what the graph says."""
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError:
-        values = text
+    """Lines of run.yaml. Raises UserError for what is none, and for what a workflow may not set.
+
+    A workflow may come from anybody: it names no file, and sends nothing anywhere.
+    """
+    values = read_yaml(text, "advanced") or {}
     if not isinstance(values, dict):
         raise UserError("advanced: write one 'key: value' a line, for example batch_size: 2")
     for key in FROM_THE_GRAPH:
         if key in values:
             raise UserError(f"advanced: {key} is set by the graph. Take this line out.")
+    if "decoder" in values:
+        raise UserError(
+            "advanced: decoder: a workflow names no files. Take this line out; a wired vae draws "
+            "the pictures."
+        )
+    if "wandb" in str(values.get("trackers")):
+        raise UserError(
+            "advanced: trackers: wandb sends data, which no workflow may ask for. Take it out, or "
+            "train by python -m dmd_train."
+        )
     return {str(key): value for key, value in values.items()}
 
 

@@ -62,13 +62,17 @@ class LoadDMDCheckpoint(io.ComfyNode):
         model, clip, vae = _load(path, found)
         if found.recipe:
             model = with_recipe(model, found.recipe)
-        absent = f"{file} holds no %s: load one with Load %s."
         return io.NodeOutput(
             model,
-            clip or ExecutionBlocker(absent % ("text encoder", "CLIP")),
-            vae or ExecutionBlocker(absent % ("VAE", "VAE")),
+            clip or _absent(file, "text encoder", "CLIP"),
+            vae or _absent(file, "VAE", "VAE"),
             ui={"text": (found.summary(UNKNOWN),)},
         )
+
+
+def _absent(file: str, part: str, socket: str) -> ExecutionBlocker:
+    """In place of a part that the file has not; said once something is wired to it."""
+    return ExecutionBlocker(f"{file} holds no {part}: load one with Load {socket}.")
 
 
 def _load(path: Path, found: Found) -> tuple[ModelPatcher, Any, Any]:

@@ -10,8 +10,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..dmd_train.data.prompts import SHIPPED, prompts_in, read_text
+from ..dmd_train.data.prompts import MOST_TEXT, SHIPPED, WAY_OUT, prompts_in
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.text import read_text
 from .conditioning import PROMPT, Conditioning
 from .progress import Progress
 
@@ -69,7 +70,9 @@ class DMDPrompts(io.ComfyNode):
             raise UserError(
                 "clip: the checkpoint holds no text encoder. Load the model's own with Load CLIP."
             )
-        prompts = prompts_in(text if source == TEXT else read_text(path_of(source)))
+        if source != TEXT:
+            text = read_text(path_of(source), MOST_TEXT, WAY_OUT)
+        prompts = prompts_in(text, source)
         if not prompts:
             raise UserError(f"{source}: holds no prompts. Write one a line.")
         conditions, negative = encode(clip, prompts, str(cls.hidden.unique_id))

@@ -1,7 +1,6 @@
 """Where runs and pairs of the canvas lie, and what they are called."""
 
 import hashlib
-import re
 from pathlib import Path
 
 import folder_paths
@@ -9,10 +8,9 @@ import yaml
 
 from ..dmd_train.config import Config
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.names import is_name
 from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .model_files import PACK
-
-NAME = re.compile(r"[\w-]([\w .-]*[\w-])?")
 
 
 def runs_folder() -> Path:
@@ -31,9 +29,10 @@ def pairs_path(name: str) -> Path:
 
 
 def _checked(name: str, widget: str) -> str:
-    if not NAME.fullmatch(name):
+    if not is_name(name):
         raise UserError(
-            f"{widget}: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -"
+            f"{widget}: '{name}' is no name of a folder. Use letters, digits, spaces, . _ and -; "
+            "200 at most, and no name that Windows keeps (CON, NUL, COM1)."
         )
     return name
 

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.names import is_name
 from ..dmd_train.files.write import write_atomically, write_safetensors
 from ..dmd_train.run.export import FOLDERS, Form, require_known_alone
 from .edm_model import EDMConfig
@@ -22,8 +23,6 @@ LORA, UNET, CHECKPOINT = "LoRA", "UNet", "checkpoint"
 FORMS: dict[str, Form] = {LORA: "lora", UNET: "unet", CHECKPOINT: "checkpoint"}
 
 NO_LORA = "this student was trained in full, so there is no LoRA"
-UNPORTABLE = set('\\:*?"<>|') | set(map(chr, range(32)))
-"""Characters that no file name may have on some system, a backslash among them."""
 
 LORAS_OWN = "ss_"
 """Start of the metadata by which other programs list a LoRA."""
@@ -136,9 +135,8 @@ def new_path(form: Form, prefix: str) -> Path:
         "dmd/student"
     )
     pure = PurePosixPath(prefix)
-    is_inside = not pure.is_absolute() and ".." not in pure.parts
     # a name that ends in a slash would be counted from 1 again, and written over
-    if not is_inside or not pure.name or prefix.endswith("/") or not UNPORTABLE.isdisjoint(prefix):
+    if not pure.name or prefix.endswith("/") or not all(map(is_name, pure.parts)):
         raise refusal
     try:
         where, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder)

@@ -1,5 +1,6 @@
 """Prompts: a list from a text file, encoded once into a folder."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,13 +8,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..files.shards import make_shards
+from ..files.text import read_text
 
 if TYPE_CHECKING:
     from ..networks.text import TextEncoder
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
+MOST_TEXT = 1 << 28
+"""Bytes of a list of prompts: some millions of them."""
+
+LONGEST = 10_000
+"""Characters of a prompt: text encoders read 77 tokens, language models some hundred."""
+
+BROKEN = re.compile("[\0\ud800-\udfff]")
+"""NUL, and half a character."""
+
 SHARD = 64
 """Prompts encoded at a time."""
 
@@ -21,31 +32,38 @@ ON_DISK = 4 << 30
 """Bytes of encoded prompts up to which they are kept on disk; a longer list is encoded live."""
 
 
+WAY_OUT = "Write one prompt a line."
+
+
 def read_prompts(file: str | Path | None) -> list[str]:
     """Prompts of a file, one a line, each once; None: the shipped ones. Raises UserError."""
     path = Path(file or SHIPPED)
-    prompts = prompts_in(read_text(path))
+    prompts = prompts_in(read_text(path, MOST_TEXT, WAY_OUT), str(path))
     if not prompts:
         raise UserError(f"{path}: holds no prompts. Write one a line, or leave `prompts` out.")
     return prompts
 
 
-def read_text(path: Path) -> str:
-    """A file's text. Raises UserError for what is none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8. Write one prompt a line.") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Write one prompt a line into it.") from None
-    if "\0" in text:
-        raise UserError(f"{path}: not a text file. Write one prompt a line.")
-    return text
+def prompts_in(text: str, source: str) -> list[str]:
+    """Prompts, one a line, each once; blank lines and blanks around a prompt do not count.
+
+    Raises UserError, which begins with `source`, where one cannot be encoded.
+    """
+    prompts = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
+    for prompt in prompts:
+        require_prompt(prompt, source)
+    return prompts
 
 
-def prompts_in(text: str) -> list[str]:
-    """Prompts, one a line, each once; blank lines and blanks around a prompt do not count."""
-    return list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
+def require_prompt(prompt: str, source: str) -> None:
+    """Refusal, a UserError that begins with `source`, of a text that no encoder can be told."""
+    if len(prompt) > LONGEST:
+        raise UserError(
+            f"{source}: the prompt {shown(prompt[:LONGEST])} has {len(prompt)} characters, more "
+            f"than {LONGEST}. {WAY_OUT}"
+        )
+    if BROKEN.search(prompt):
+        raise UserError(f"{source}: the prompt {shown(prompt)} is no text in UTF-8. {WAY_OUT}")
 
 
 def too_long(prompts: list[str], encoder: "TextEncoder", file: str | None) -> str | None:

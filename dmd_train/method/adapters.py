@@ -20,6 +20,14 @@ from .network import Condition, Network, Wrapped
 from .seeding import generator
 
 
+def target_layers(network: Network) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """The layers that adapters go on, by their names in the module."""
+    for name, layer in network.module.named_modules():
+        fits = re.fullmatch(network.lora_targets, network.canonical_name(name))
+        if fits and isinstance(layer, nn.Linear | nn.Conv2d):
+            yield name, layer
+
+
 class Adapters:
     """LoRAs (rank, alpha) on the layers of `network` that its lora_targets names.
 
@@ -35,12 +43,7 @@ class Adapters:
 
         self.module, self.canonical_name = network.module, network.canonical_name
         self.rank, self.alpha = rank, alpha
-        targets = [
-            name
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-            and re.fullmatch(network.lora_targets, network.canonical_name(name))
-        ]
+        targets = [name for name, _ in target_layers(network)]
         if not targets:
             raise UserError(
                 f"{network.family}: no layer takes an adapter, so critic and student have no room. "

@@ -54,15 +54,36 @@ def lora_tensors(layers: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> d
 def merge_lora(module: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
     """Add a LoRA's file to the weights of `module`, in place; without an alpha, it is the rank.
 
-    Raises UserError if a layer of the LoRA is none of the module's.
+    Raises UserError if a layer of the LoRA is none of the module's, or its shapes are no LoRA's.
     """
     layers = {kohya_name(name): layer for name, layer in module.named_modules()}
     tensors = {kohya_key(key): value for key, value in tensors.items()}
     for key in sorted({key.partition(".")[0] for key in tensors}):
         down, up = (tensors.get(f"{key}.lora_{way}.weight") for way in ("down", "up"))
-        weight = getattr(layers.get(key), "weight", torch.empty(0))
-        if down is None or up is None or weight.shape[:2] != (up.shape[0], down.shape[1]):
+        weight = getattr(layers.get(key), "weight", None)
+        if weight is None or down is None or up is None:
             raise UserError(f"{file}: its layer {key} is none of the base model's. Another base?")
-        alpha = float(tensors.get(f"{key}.alpha", torch.tensor(len(down))))
-        delta = up.float().flatten(1) @ down.float().flatten(1)
-        weight += (alpha / len(down) * delta).view_as(weight).to(weight)
+        alpha = tensors.get(f"{key}.alpha")
+        delta = _delta(down, up, alpha)
+        if delta is None or weight.ndim < 2 or delta.shape != weight.flatten(1).shape:
+            shapes = ", ".join(str(tuple(value.shape)) for value in (down, up, weight))
+            raise UserError(
+                f"{file}: its layer {key} does not fit the base model's (down, up, base: "
+                f"{shapes}). Another base?"
+            )
+        weight += delta.view_as(weight).to(weight)
+
+
+def _delta(down: Tensor, up: Tensor, alpha: Tensor | None) -> Tensor | None:
+    """alpha / rank * up down, (out, in) float32; None for what are no two matrices of one rank.
+
+    down: (rank, in, ...); up: (out, rank, ...); alpha: a number, None for the rank.
+    """
+    if down.ndim < 2 or up.ndim < 2 or up.flatten(1).shape[1] != len(down) or not len(down):
+        return None
+    if not all(value.is_floating_point() for value in (down, up)):
+        return None
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not alpha.isfinite()):
+        return None
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
+    return scale * (up.float().flatten(1) @ down.float().flatten(1))

@@ -154,6 +154,10 @@ class Wrapped(Network):
     def freeze(self) -> None:
         self.network.freeze()
 
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         self.network.checkpoint_gradients(checkpoint)
 

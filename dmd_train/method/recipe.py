@@ -1,15 +1,22 @@
 """How a student must be sampled. Travels inside its file, as safetensors metadata."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .noise import TIMESTEPS
 
 RECIPE_KEY = "dmd.recipe"
 NOT_FALLING = "not_falling"
+
+LICENSE = 50_000
+"""Characters of a licence: the longest in use has 35,000."""
+
+SIZES = range(64, 8193)
+"""Pixels a side that a file may say it draws."""
 
 
 class Recipe(BaseModel):
@@ -22,16 +29,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    family: str
+    family: str = Field(max_length=100)
     prediction: Literal["eps", "v", "flow", "edm"]
-    timesteps: tuple[int, ...] = Field(min_length=1)
-    noise_scale: float = Field(gt=0)
-    baked_guidance: float = 1.0
+    timesteps: tuple[int, ...] = Field(min_length=1, max_length=TIMESTEPS)
+    noise_scale: float = Field(gt=0, le=10_000)
+    baked_guidance: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """The teacher's guidance during training. It is in the weights: sample without guidance."""
-    teacher: str = "unknown"
-    teacher_sha256: str = ""
+    teacher: Annotated[str, Field(max_length=1000)] = "unknown"
+    teacher_sha256: Annotated[str, Field(max_length=200)] = ""
     """SHA-256 of the teacher's file; empty where the student is somebody else's."""
-    license: str = "unknown"
+    license: Annotated[str, Field(max_length=LICENSE)] = "unknown"
 
     @field_validator("timesteps")
     @classmethod
@@ -41,7 +48,7 @@ class Recipe(BaseModel):
             raise PydanticCustomError(
                 NOT_FALLING,
                 "timesteps {timesteps} do not fall within {last}..0",
-                {"timesteps": str(timesteps), "last": TIMESTEPS - 1},
+                {"timesteps": str(timesteps[:20]), "last": TIMESTEPS - 1},
             )
         return timesteps
 
@@ -78,12 +85,33 @@ def read_recipe(metadata: dict[str, str], file: str) -> Recipe | None:
     try:
         return Recipe.model_validate_json(metadata[RECIPE_KEY])
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_input=False)[0]
         if first["type"] == NOT_FALLING:
             raise UserError(
                 f"{file}: its recipe's {first['msg']}. Get the file again from its author."
             ) from None
         raise UserError(
-            f"{file}: its recipe is not one this version reads ({first['msg'].lower()}). "
+            f"{file}: its recipe is not one this version reads ({said(error)}). "
             "Update dmd-one-step."
         ) from None
+
+
+def said(error: ValidationError) -> str:
+    """What is wrong with a file's metadata, in a few words: where, and why."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()
+
+
+def pixels_of(metadata: dict[str, str], file: str) -> int:
+    """Pixels a side that a file says it draws; 0 where it says nothing. Raises UserError."""
+    size = metadata.get("modelspec.resolution")
+    if size is None:
+        return 0
+    found = re.fullmatch(r"([0-9]{1,4})(x[0-9]{1,4})?", size)
+    if found is None or int(found[1]) not in SIZES:
+        raise UserError(
+            f"{file}: its modelspec.resolution is {shown(size)}, no size of {SIZES[0]} to "
+            f"{SIZES[-1]} pixels. Get the file again from its author."
+        )
+    return int(found[1])

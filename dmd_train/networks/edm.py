@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..method.network import NETWORK_KEY, Condition, Network
 from ..method.noise import EDM, edm_scalings, per_sample, x0_from
+from .described import UNetSettings
 
 
 class EDMNetwork(Network):
@@ -51,6 +52,6 @@ class EDMNetwork(Network):
             "classes": self.classes,
             "sigma_data": self.sigma_data,
             "license": self.license,
-            "config": {k: v for k, v in module_config.items() if not k.startswith("_")},
+            "config": {k: v for k, v in module_config.items() if k in UNetSettings.model_fields},
         }
         return {NETWORK_KEY: json.dumps(description)}

@@ -18,6 +18,8 @@ from .edm_unet import edm_unet
 SIGMA_DATA = 0.5
 HEAD_CHANNELS = 64
 GROUPS = 32
+LARGEST = 4096
+"""Pixels a side."""
 
 RESIDUAL = {
     "norm0": "norm1",
@@ -53,8 +55,8 @@ def imagenet64_network(state: Weights, file: str, license: str) -> EDMNetwork:
         raise UserError(
             f"{file}: an EDM network unlike DMD2's ImageNet-64: it has no {error}."
         ) from None
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except Exception as error:  # of another layout, in whatever was being done
+        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{file}: an EDM network unlike DMD2's ImageNet-64: {reason}.") from None
     network.module.eval()
     return network
@@ -64,6 +66,8 @@ def _config(state: Weights) -> dict[str, Any]:
     """UNet2DModel's arguments. Raises ValueError or KeyError where the layout is another."""
     blocks = [key.split(".")[2] for key in state if key.startswith("model.enc.")]
     sizes = sorted({int(block.split("x")[0]) for block in blocks}, reverse=True)
+    if sizes[0] > LARGEST:
+        raise ValueError(f"{sizes[0]} pixels a side, more than {LARGEST}")
     channels = [len(state[f"model.enc.{s}x{s}_block0.conv0.weight"]) for s in sizes]
     if min(channels) < 4 * GROUPS:
         raise ValueError(f"{min(channels)} channels, fewer than {4 * GROUPS}: no 32 groups")
@@ -91,6 +95,9 @@ def _config(state: Weights) -> dict[str, Any]:
 
 def _convert(state: Weights, config: dict[str, Any]) -> Weights:
     """All weights under diffusers' names. Raises ValueError if one is left over."""
+    whole = [key for key, value in state.items() if not value.is_floating_point()]
+    if whole:
+        raise ValueError(f"its {whole[0]} is stored in whole numbers")
     left = {key: value.float() for key, value in state.items()}
     top = config["sample_size"]
     # one-hot times matrix becomes a row of a table; "no class" was a vector of zeros

@@ -4,7 +4,9 @@ ComfyUI's nodes come here too, for the class-conditional ones: what Stable Diffu
 torch is imported when a file of it is met.
 """
 
-import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +14,10 @@ import torch
 from ..config import CANVAS, DIGITS, Config
 from ..errors import UserError
 from ..families import TOLD_PROMPTS
-from ..files.read import hash_of, peek, read_weights
+from ..files.read import Weights, hash_of, peek, read_weights
 from ..files.write import write_safetensors
 from ..method.network import NETWORK_KEY, Network
+from .described import Description, described
 from .edm import EDMNetwork
 from .loaded import Loaded
 from .recognise import CLASS_CONDITIONAL, Found, recognise
@@ -51,7 +54,7 @@ def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:
     """
     path = DIGITS_TEACHER if name == DIGITS else Path(name)
     found = None
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False of a name too long, which Path.is_dir fails on
         shapes, metadata = peek(path)
         found = recognise(shapes, metadata, str(path))
         if found.layout in CLASS_CONDITIONAL:
@@ -70,7 +73,7 @@ def load(name: str, device: torch.device, base: Path | None = None) -> Loaded:
 
 
 def _is_edm(path: Path) -> bool:
-    if path.is_dir():
+    if os.path.isdir(path):
         return False
     shapes, metadata = peek(path)
     return NETWORK_KEY in metadata or "model.map_label.weight" in shapes
@@ -84,12 +87,8 @@ def _edm(path: Path, found: Found, metadata: dict[str, str], device: torch.devic
 
         network = imagenet64_network(tensors, str(path), found.license)
     else:
-        network = build(metadata, str(path))
-        try:
-            network.module.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{path}: its weights do not fit its network ({reason})") from None
+        network = _own(described(metadata, str(path)), tensors, str(path))
+        network.module.load_state_dict(tensors)
     network.module.to(device).eval()
     return network
 
@@ -99,22 +98,53 @@ def save(path: Path, teacher: Network) -> None:
     write_safetensors(path, teacher.module.state_dict(), teacher.file_metadata())
 
 
-def build(metadata: dict[str, str], file: str) -> EDMNetwork:
-    """The network that a file's metadata describes, with fresh weights."""
-    described = json.loads(metadata[NETWORK_KEY])
-    match described["family"]:
+def _own(description: Description, weights: Weights, file: str) -> EDMNetwork:
+    """The described network, with fresh weights, which `weights` fit. Raises UserError, also where
+    the description is of no network."""
+    build = _builder(description, file)
+    try:
+        # a description may ask for more memory than there is: first without any
+        with torch.device("meta"):
+            own = build().module.state_dict()
+    except Exception as error:  # diffusers fails in whatever it happened to be doing
+        raise UserError(
+            f"{file}: what it says of its network makes none ({error}). Get the file again "
+            "from its author."
+        ) from None
+    wrong = sorted(
+        key
+        for key in own.keys() | weights.keys()
+        if key not in own
+        or key not in weights
+        or own[key].shape != weights[key].shape
+        or not weights[key].is_floating_point()
+    )
+    if wrong:
+        raise UserError(
+            f"{file}: its weights do not fit its network ({wrong[0]} and {len(wrong) - 1} "
+            "others). Get the file again from its author."
+        )
+    return build()
+
+
+def _builder(description: Description, file: str) -> Callable[[], EDMNetwork]:
+    match description.family:
         case "digits":
             from .digits import digits_network
 
-            return digits_network()
+            return digits_network
         case "edm-unet":
             from .edm_unet import edm_unet
 
-            return edm_unet(
-                classes=described["classes"],
-                sigma_data=described["sigma_data"],
-                license=described["license"],
-                **described["config"],
+            return partial(
+                edm_unet,
+                classes=description.classes,
+                sigma_data=description.sigma_data,
+                license=description.license,
+                **description.unet(file),
             )
         case unknown:
-            raise UserError(f"{file}: network family '{unknown}' is not known to this version.")
+            raise UserError(
+                f"{file}: network family '{unknown}' is not known to this version. Update "
+                "dmd-one-step."
+            )

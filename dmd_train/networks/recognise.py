@@ -5,10 +5,10 @@ four-step UNets are alike) is read off the recipe in the file's metadata, else o
 published file; where neither tells, the recipe is None and `Found.summary` asks.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Literal
 
 from ..errors import UserError
@@ -16,7 +16,8 @@ from ..families import FAMILIES, TITLES, TOLD_PROMPTS, of_width
 from ..files.read import Shapes
 from ..method.lora import OWN_KEY
 from ..method.network import NETWORK_KEY
-from ..method.recipe import Recipe, read_recipe
+from ..method.recipe import LICENSE, Recipe, read_recipe
+from .described import described
 from .ldm_names import LDM
 from .published import DMD2_LICENSE, is_dmd2, published_recipe
 
@@ -74,7 +75,7 @@ class Found:
         extra = [name for name, is_in in (("CLIP", self.text_encoder), ("VAE", self.vae)) if is_in]
         layout = self.layout + (f" with {' and '.join(extra)}" if extra else "")
         family = FAMILIES[self.family].title if self.family in FAMILIES else self.family
-        return f"{family}, {layout}: {self._steps or unknown}; licence {self.license}"
+        return f"{family}, {layout}: {self._steps or unknown}; licence {shorten(self.license, 80)}"
 
     @property
     def _steps(self) -> str:
@@ -99,7 +100,10 @@ def recognise(
     """
     if not shapes:
         raise UserError(f"{name}: empty, it holds no weights. Download or copy it again.")
-    found = _recognise(shapes, metadata, name)
+    try:
+        found = _recognise(shapes, metadata, name)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}. Download or copy it again.") from None
     if found is None:
         raise _refusal(name, _foreign(shapes), shapes, f"Give {_accepted(wanted, ours)}.")
     if wanted not in (None, found.kind):
@@ -110,22 +114,18 @@ def recognise(
 def _recognise(shapes: Shapes, metadata: dict[str, str], name: str) -> Found | None:
     recipe = read_recipe(metadata, name)
     if NETWORK_KEY in metadata:
-        try:
-            described = json.loads(metadata[NETWORK_KEY])
-            family, license = str(described["family"]), str(described["license"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{name}: its metadata {NETWORK_KEY} is damaged. Copy the file again."
-            ) from None
+        network = described(metadata, name)
         layout: Layout = "our student" if recipe else "our teacher"
-        return Found("checkpoint", layout, family, recipe, recipe.license if recipe else license)
+        license = recipe.license if recipe else network.license
+        return Found("checkpoint", layout, network.family, recipe, license)
     told = recipe.family if recipe else None
     known = _of_comfyui(shapes, told) or _lora(shapes, told) or _edm(shapes) or _unet(shapes, told)
     if known is None:
         return None
     layout, family = known
     recipe = recipe or published_recipe(family, name)
-    license = DMD2_LICENSE if is_dmd2(name) else metadata.get("modelspec.license", "unknown")
+    told_license = metadata.get("modelspec.license", "unknown")[:LICENSE]
+    license = DMD2_LICENSE if is_dmd2(name) else told_license
     return Found(
         "LoRA" if "LoRA" in layout else "checkpoint",
         layout,
@@ -154,7 +154,7 @@ def _lora(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
     down = re.compile(r"attn2[._]to_k\.(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
     if any(".base_layer." in key for key in shapes):
         return None
-    widths = {shape[1] for key, shape in shapes.items() if down.search(key)}
+    widths = {_inputs(shapes, key) for key in shapes if down.search(key)}
     family = (of_width(widths.pop()) or told) if len(widths) == 1 else None
     if family is None:
         return None
@@ -166,14 +166,14 @@ def _edm(shapes: Shapes) -> tuple[Layout, str] | None:
     needed = ("model.map_label.weight", "model.map_layer0.weight", "model.out_conv.weight")
     if not all(key in shapes for key in needed) or not _any_starts(shapes, "model.enc."):
         return None
-    is_imagenet = shapes[needed[0]][1] == 1000 and "model.enc.64x64_conv.weight" in shapes
+    is_imagenet = _inputs(shapes, needed[0]) == 1000 and "model.enc.64x64_conv.weight" in shapes
     return "EDM class-conditional", "edm-imagenet64" if is_imagenet else "edm-unet"
 
 
 def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
     """A UNet that makes its family's latents from text; inpainting ones read more channels."""
     own = _without_prefix(shapes)
-    contexts = {shape[1] for key, shape in own.items() if key.endswith("attn2.to_k.weight")}
+    contexts = {_inputs(own, key) for key in own if key.endswith("attn2.to_k.weight")}
     layout: Layout
     if _any_starts(own, "up_blocks.") and "conv_out.weight" in own:
         layout, first, pooled = "diffusers UNet", "conv_in.weight", "add_embedding.linear_1.weight"
@@ -186,9 +186,16 @@ def _unet(shapes: Shapes, told: str | None) -> tuple[Layout, str] | None:
     family = (of_width(contexts.pop(), pooled in own) or told) if len(contexts) == 1 else None
     if family is None or family not in TOLD_PROMPTS:
         return None
-    if own.get(first, (0, 0))[1] != TOLD_PROMPTS[family].latent_channels:
+    if first not in own or _inputs(own, first) != TOLD_PROMPTS[family].latent_channels:
         return None
     return layout, family
+
+
+def _inputs(shapes: Shapes, key: str) -> int:
+    """How many numbers a layer reads. Raises ValueError for what is no layer's weight."""
+    if len(shapes[key]) < 2:
+        raise ValueError(f"its {key} has the shape {shapes[key]}, which is no layer's")
+    return shapes[key][1]
 
 
 def _foreign(shapes: Shapes) -> str:
@@ -212,7 +219,7 @@ def _accepted(wanted: Kind | None, ours: str) -> str:
 
 def _refusal(name: str, what: str, keys: Iterable[str], way_out: str) -> UserError:
     listed = list(keys)
-    some = dict.fromkeys([listed[0], listed[len(listed) // 2], listed[-1]])
+    some = dict.fromkeys((listed[0], listed[len(listed) // 2], listed[-1]))
     return UserError(f"{name}: {what} (keys such as {', '.join(some)}). {way_out}".rstrip())
 
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..families import FAMILIES, TITLES, Family
 from ..files.read import Shapes, hash_of, peek, read_weights
 from ..method.noise import Prediction
@@ -132,14 +133,15 @@ def _prediction(path: Path, shapes: Shapes, metadata: dict[str, str], family: st
         return "v"
     for key in SPREAD_KEYS:
         if family == "sd2" and key in shapes:
-            spread = read_weights(path, key)[0][key].float().std(correction=0).item()
-            return "v" if spread > V_SPREAD else "eps"
+            with named(path, "UNet"):
+                spread = read_weights(path, key)[0][key].float().std(correction=0).item()
+                return "v" if spread > V_SPREAD else "eps"
     return "eps"
 
 
 def predicts(path: Path, said: str) -> Prediction:
     if said not in PREDICTIONS:
-        raise UserError(f"{path}: predicts '{said}', not epsilon or v. {GIVE}")
+        raise UserError(f"{path}: predicts {shown(said)}, not epsilon or v. {GIVE}")
     return PREDICTIONS[said]
 
 
@@ -155,6 +157,8 @@ def named(path: Path, part: str) -> Iterator[None]:
     """One line, with the file's name, for what a part's layout may be wrong in."""
     try:
         yield
-    except (ValueError, KeyError, OSError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # those who convert and build fail in whatever they were doing
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path}: a {part} of another layout ({reason}). {GIVE}") from None

@@ -5,7 +5,7 @@ code, and a damaged file is one line.
 """
 
 import hashlib
-import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..families import TOLD_PROMPTS
 from ..files.read import Weights, hash_of, read_weights
 from ..method.noise import TIMESTEPS
 from . import sd_layout, text
+from .sd_config import SchedulerSettings, TextSettings, UNetSettings, VAESettings, read_config
 from .sd_file import GIVE, ZERO_SNR, SDFile, named, other_noise, predicts
 from .text import TextEncoder
 
@@ -27,6 +28,9 @@ BETAS = {
     "num_train_timesteps": TIMESTEPS,
     "trained_betas": None,
 }
+LARGEST_TOKENIZER = 16 << 20
+"""Bytes of one file; CLIP's largest has four million."""
+
 NOT_CONDITIONED = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -35,50 +39,57 @@ class SDFolder(SDFile):
     """One pipeline."""
 
     def unet(self) -> UNet2DConditionModel:
-        return self._model(UNet2DConditionModel, "unet")
+        return self._model(UNet2DConditionModel, "unet", self._unet_settings.values_())
 
     def text_encoder(self) -> TextEncoder:
         last = len(self.row.text_encoders) - 1
         parts = []
         for i in range(last + 1):
             name = f"text_encoder_{i + 1}" if i else "text_encoder"
-            config = _config(self.path / name / "config.json")
+            config = read_config(self.path / name / "config.json", TextSettings)
             weights = _folder_weights(self.path / name)
             tokenizer = self.path / name.replace("text_encoder", "tokenizer")
-            if not tokenizer.is_dir():
-                raise UserError(f"{tokenizer}: missing. Download the whole pipeline again.")
+            _require_tokenizer(tokenizer)
             with named(self.path / name, "text encoder"):
                 is_projected = self.row.pooled and i == last
-                parts.append(text.from_diffusers(config, weights, tokenizer, is_projected))
+                parts.append(
+                    text.from_diffusers(config.values_(), weights, tokenizer, is_projected)
+                )
         return TextEncoder(parts, penultimate=self.row.pooled)
 
     def vae(self) -> AutoencoderKL | AutoencoderTiny | None:
-        if not (self.path / "vae").is_dir():
+        settings = self._vae_settings
+        if settings is None:
             return None
-        is_tiny = self._vae_config["_class_name"] == "AutoencoderTiny"
-        return self._model(AutoencoderTiny if is_tiny else AutoencoderKL, "vae")
+        is_tiny = settings.class_name == "AutoencoderTiny"
+        return self._model(AutoencoderTiny if is_tiny else AutoencoderKL, "vae", settings.values_())
 
     @property
     def latent_scale(self) -> float:
-        return float(self._vae_config.get("scaling_factor", super().latent_scale))
+        settings = self._vae_settings
+        return (settings and settings.scaling_factor) or super().latent_scale
 
     @property
     def native_size(self) -> int:
-        size = _config(self.path / "unet" / "config.json").get("sample_size")
+        size = self._unet_settings.sample_size
         return size * self.downscale if isinstance(size, int) else super().native_size
 
     @property
     def downscale(self) -> int:
-        widths = self._vae_config.get("block_out_channels")
+        settings = self._vae_settings
+        widths = settings and settings.block_out_channels
         return 2 ** (len(widths) - 1) if widths else super().downscale
 
     @property
-    def _vae_config(self) -> dict[str, Any]:
-        path = self.path / "vae" / "config.json"
-        return _config(path) if path.parent.is_dir() else {}
+    def _unet_settings(self) -> UNetSettings:
+        return read_config(self.path / "unet" / "config.json", UNetSettings)
 
-    def _model(self, kind: Any, name: str) -> Any:
-        config = _config(self.path / name / "config.json")
+    @property
+    def _vae_settings(self) -> VAESettings | None:
+        path = self.path / "vae" / "config.json"
+        return read_config(path, VAESettings) if path.parent.is_dir() else None
+
+    def _model(self, kind: Any, name: str, config: dict[str, Any]) -> Any:
         weights = _folder_weights(self.path / name)
         # VAEs of 2022 name their attention in another way; the key is whole words between dots
         old = re.compile(rf"\.({'|'.join(OLD_ATTENTION)})\.")
@@ -93,12 +104,12 @@ class SDFolder(SDFile):
 def open_folder(path: Path) -> SDFolder:
     """A pipeline whose noise and conditions are followed here. Raises UserError for any other."""
     for needed in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
-        if not (path / needed).is_file():
+        if not os.path.isfile(path / needed):
             raise UserError(
                 f"{path}: a folder without {needed}, so no diffusers pipeline of Stable Diffusion. "
                 "Give the folder that holds model_index.json and unet/, or one file."
             )
-    unet = _config(path / "unet" / "config.json")
+    unet = read_config(path / "unet" / "config.json", UNetSettings).values_()
     added, width = unet.get("addition_embed_type"), unet.get("cross_attention_dim")
     alike = [family for family in TOLD_PROMPTS.values() if family.pooled == bool(added)]
     family = next((family for family in alike if family.text_width == width), alike[0])
@@ -112,25 +123,26 @@ def open_folder(path: Path) -> SDFolder:
         raise UserError(f"{path}: its UNet is told more than a prompt and t. {GIVE}")
 
     scheduler_path = path / "scheduler" / "scheduler_config.json"
-    scheduler = _config(scheduler_path)
+    read = read_config(scheduler_path, SchedulerSettings)
+    scheduler = read.values_()
     if scheduler.get("rescale_betas_zero_snr"):
         raise other_noise(path, ZERO_SNR)
     for key, value in BETAS.items():
         if scheduler.get(key) != value:
             raise other_noise(path, f"its scheduler has {key} {scheduler.get(key)}, not {value}")
-    prediction = predicts(path, scheduler.get("prediction_type", "epsilon"))
+    prediction = predicts(path, read.prediction_type)
     hashes = [hash_of(file) for file in _weight_files(path / "unet")]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return SDFolder(path, family.name, prediction, "unknown", sha256)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise UserError(f"{path}: {reason}. Download the whole pipeline again.") from None
-    return found
+def _require_tokenizer(folder: Path) -> None:
+    """Raises UserError for a folder that is not there, or holds what may not end."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: missing. Download the whole pipeline again.")
+    for file in folder.iterdir():
+        if not file.is_file() or file.stat().st_size > LARGEST_TOKENIZER:
+            raise UserError(f"{file}: no file of a tokenizer. Download the whole pipeline again.")
 
 
 def _folder_weights(folder: Path) -> Weights:

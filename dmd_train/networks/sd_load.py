@@ -1,5 +1,6 @@
 """Stable Diffusion from files to Networks: a teacher, or a student with what it lacks."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from ..config import load_config
 from ..errors import UserError
 from ..files.read import hash_of, peek, read_weights
 from ..method.lora import merge_lora
+from ..method.recipe import pixels_of
 from .loaded import Loaded
 from .recognise import Found
 from .sd_file import SDFile, open_file
@@ -21,7 +23,7 @@ def open_sd(path: Path, student: bool = False) -> SDFile:
 
     student: take what is a student already.
     """
-    return open_folder(path) if path.is_dir() else open_file(path, student)
+    return open_folder(path) if os.path.isdir(path) else open_file(path, student)
 
 
 def load_sd_teacher(
@@ -56,7 +58,7 @@ def load_sd_student(path: Path, found: Found, base: Path | None, device: torch.d
     if file.family != found.family:
         raise UserError(f"{path}: {found.family}, but {base} is {file.family}. Give its own base.")
     text = file.text_encoder()
-    pixels = int(own.get("modelspec.resolution", "0").partition("x")[0])
+    pixels = pixels_of(own, str(path))
     network = stable_diffusion(file, text, device, False, pixels)
     if found.kind == "LoRA":
         merge_lora(network.module, read_weights(path)[0], str(path))

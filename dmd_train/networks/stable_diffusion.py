@@ -10,7 +10,7 @@ from ..families import FAMILIES
 from ..method.network import Condition, Network
 from ..method.noise import VP, Prediction, x0_from
 from .ldm_names import LDM, unet_names
-from .sd_file import SDFile
+from .sd_file import SDFile, named
 from .text import TextEncoder
 
 
@@ -119,16 +119,44 @@ def stable_diffusion(
 ) -> StableDiffusion:
     """The network of a file. resolution: in pixels; 0: the file's own. dtype: of its weights."""
     size = (resolution or file.native_size) // file.downscale
-    empty = {key: value.to(device) for key, value in text.encode([""]).items()}
+    with named(file.path, "text encoder"):
+        empty = {key: value.to(device) for key, value in text.encode([""]).items()}
+    unet, decoder = file.unet(), file.vae()
+    _require_alike(file, unet, decoder, empty)
     return StableDiffusion(
-        Module.to(file.unet(), dtype=dtype).to(device),
+        Module.to(unet, dtype=dtype).to(device),
         family=file.family,
         prediction=file.prediction,
         shape=(file.row.latent_channels, size, size),
         license=file.license,
         empty=empty,
         half=half,
-        decoder=file.vae(),
+        decoder=decoder,
         latent_scale=file.latent_scale,
         downscale=file.downscale,
     )
+
+
+def _require_alike(
+    file: SDFile,
+    unet: UNet2DConditionModel,
+    decoder: AutoencoderKL | AutoencoderTiny | None,
+    empty: Condition,
+) -> None:
+    """Raises UserError for parts that are not of one model, each whole as it may be."""
+    channels, config = file.row.latent_channels, unet.config
+    read = {
+        "text": (config.cross_attention_dim, empty["text"].shape[-1]),
+        "latents": (config.in_channels, config.out_channels),
+        "the VAE's latents": (channels, decoder.config.latent_channels if decoder else channels),
+    }
+    if "pooled" in empty:
+        sizes = 6 * (config.addition_time_embed_dim or 0)
+        told = empty["pooled"].shape[-1] + sizes
+        read["the pooled text"] = (config.projection_class_embeddings_input_dim, told)
+    for what, (wanted, given) in read.items():
+        if wanted != given:
+            raise UserError(
+                f"{file.path}: its parts do not fit: the UNet takes {wanted} numbers of {what} and "
+                f"is given {given}. Download it again, whole."
+            )

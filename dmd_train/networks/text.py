@@ -6,7 +6,9 @@ embedding.
 """
 
 import gzip
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    logging,
 )
 from typing_extensions import Self
 
@@ -104,6 +107,20 @@ def _ids(part: Part, prompts: list[str], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No lines of transformers' about a model that is refused anyway, in one of ours."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@_silence()
 def from_ldm(weights: Weights, family: str) -> TextEncoder:
     """The text encoder of `cond_stage_model.*` or `conditioner.*`. Raises ValueError."""
     row, parts = FAMILIES[family], []
@@ -116,11 +133,13 @@ def from_ldm(weights: Weights, family: str) -> TextEncoder:
     return TextEncoder(parts, penultimate=row.pooled)
 
 
+@_silence()
 def from_diffusers(
     config: dict[str, Any], weights: Weights, tokenizer: Path, projected: bool
 ) -> Part:
     """One text_encoder folder of a pipeline, and its tokenizer's. Raises ValueError or OSError."""
-    own = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    # trust: else a folder that comes with code is asked about on the terminal
+    own = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
 
     def own_tokens(prompts: list[str]) -> list[list[int]]:
         found: list[list[int]] = own(
@@ -130,7 +149,7 @@ def from_diffusers(
 
     # SD 2's and SDXL's declare "!" to be padding, and so take it out of prompts: OpenCLIP did not
     tokenize = shipped_tokens if own.get_vocab() == vocabulary() else own_tokens
-    model = _model(CLIPTextConfig.from_dict(config), weights, projected)
+    model = _model(CLIPTextConfig(**config), weights, projected)
     return Part(model, tokenize, own.pad_token_id)
 
 

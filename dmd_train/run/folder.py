@@ -174,6 +174,14 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def require_there(self) -> None:
+        """Raises UserError where the folder was taken away: a write would make half of it anew."""
+        if not (self.path / "run.yaml").exists():
+            raise UserError(
+                f"{self.path}: was deleted or moved while the run wrote to it. Put it back, or "
+                "start again."
+            )
+
     def __enter__(self) -> Self:
         """Create the folder or take it up again. Raises UserError if it is not this run's."""
         if not self.is_main:

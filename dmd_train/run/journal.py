@@ -32,6 +32,8 @@ class Journal:
 
     def flush(self) -> None:
         """What waits is written. Raises UserError on a value that is not finite, after what is."""
+        if self.processes.is_main:
+            self.run.require_there()
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return

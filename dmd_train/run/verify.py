@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..config import load_config
-from ..data.prompts import read_text
+from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..files.mark import MARK_KEY
 from ..files.read import peek, read_safetensors
@@ -61,7 +61,7 @@ def _said_of(file: Path, run: Path) -> str:
             load_config(file, [])
             return "whole"
         case ".txt":
-            read_text(file)
+            read_prompts(file)
             return "whole"
         case ".json":
             return _json(file)

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from ..distil import StepReport
+from ..errors import printable
 from ..method.processes import Processes
 from ..prepare import Doing
 from ..run.folder import RunFolder
@@ -30,19 +31,35 @@ STOPPED = 128 + signal.SIGINT
 """Exit code of a process whose run was stopped by another."""
 
 
+HANG_UP = getattr(signal, "SIGHUP", None)
+"""A terminal that is closed; not on Windows."""
+
+
+def say(text: str) -> None:
+    """A line for the user, however long: paths and commands are copied from it."""
+    console.print(printable(text), soft_wrap=True)
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM become a flag, looked at between two steps. A second one kills."""
+    """Ctrl-C, SIGTERM and SIGHUP become a flag, looked at between two steps. A second one kills."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._on_terminal = console.is_terminal
+        asked = {signal.SIGINT, signal.SIGTERM}
+        if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:  # nohup has it ignored
+            asked.add(HANG_UP)
+        self._before = {number: signal.signal(number, self._ask) for number in asked}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, self._before[self.signal])
+        if number != HANG_UP:
+            signal.signal(number, self._before[self.signal])
+        elif self._on_terminal:  # gone. A shell sends this twice, so that it never kills
+            console.quiet = True
 
     def __exit__(
         self,
@@ -81,12 +98,12 @@ def told(stop: StopRequest) -> Iterator[Callable[[Doing], None]]:
         def tell(doing: Doing) -> None:
             what, done, total, note = doing
             if note:
-                progress.console.print(note, soft_wrap=True)
+                say(note)
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total, note="")
             progress.update(tasks[what], completed=done)
             if stop.signal and done < total:
-                console.print(f"{what}: {done} of {total} kept; the same command goes on.")
+                say(f"{what}: {done} of {total} kept; the same command goes on.")
                 stop.exit()
 
         yield tell
@@ -100,7 +117,8 @@ def watch(
         task = progress.add_task("distil", total=run.config.steps, note="")
         for report in reports:
             if run.notes:
-                progress.console.print(*run.notes, sep="\n", soft_wrap=True)
+                for note in run.notes:
+                    say(note)
                 run.notes.clear()
                 progress.reset(task, completed=report.step)
             if report.step % LOG_EVERY == 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import numpy as np
 import torch
@@ -15,24 +15,28 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from ..config import DIGITS, Config, load_config, make_config, parse_overrides
+from ..config import DIGITS, UPDATES, Config, load_config, make_config, parse_overrides
 from ..data.conditions import Classes
+from ..data.prompts import require_prompt
 from ..distil import distil
-from ..errors import UserError
+from ..errors import UserError, one_line, out_of_memory
+from ..files.read import peek
 from ..files.write import write_atomically, write_latent
-from ..method.network import Condition
+from ..method.network import NETWORK_KEY, Condition
 from ..method.processes import Processes
+from ..method.recipe import RECIPE_KEY
 from ..method.sample import draw, step_noise
 from ..networks.load import load, load_teacher, save
 from ..networks.loaded import Loaded
 from ..plan import measure
 from ..prepare import carried_out, make_conditions, make_run_pairs, prepare, require_possible
+from ..room import require_memory
 from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder
 from ..run.pixels import grid, picture, save_picture
 from ..run.sample_sheet import SampleSheet
 from ..run.verify import verify
-from .bar import STOPPED, StopRequest, bar, console, told, watch
+from .bar import STOPPED, StopRequest, bar, console, say, told, watch
 from .tables import numbers_table, plan_table, preset_tables
 
 app = typer.Typer(
@@ -52,6 +56,11 @@ SETTINGS = "Settings: " + "; ".join(
     for name, field in Config.model_fields.items()
 )
 
+LAST_SEED = 2**64 - 1
+
+MOST = 100_000
+"""Images drawn at a time: all of them are in memory."""
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
@@ -69,9 +78,9 @@ def demo(set_: SetOption = None) -> None:
         student = load(str(run.student), config.device_object())
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
-        console.print(f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*"))))
-        console.print("Next:")
-        console.print(_sample_command(run.student), soft_wrap=True)
+        say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
+        say("Next:")
+        say(_sample_command(run.student))
 
 
 @app.command(epilog=SETTINGS)
@@ -83,18 +92,16 @@ def train(
 
     Ctrl-C saves a checkpoint and the student so far; the same command goes on from there.
     """
-    config = load_config(run_yaml, set_ or [])
+    config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes):
         if run.finished:
-            said = f"{run.path}: finished before, at step {config.steps}: {run.student}"
-            console.print(said, soft_wrap=True)
+            say(f"{run.path}: finished before, at step {config.steps}: {run.student}")
             return
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         again += [part for value in set_ or [] for part in ("--set", value)]
         loaded = _train(run, processes, shlex.join(again))
-        console.print(f"{run.path}: finished. Next:", soft_wrap=True)
-        next_ = _export_command(run) if loaded.text else _sample_command(run.student)
-        console.print(next_, soft_wrap=True)
+        say(f"{run.path}: finished. Next:")
+        say(_export_command(run) if loaded.text else _sample_command(run.student))
 
 
 @app.command()
@@ -106,14 +113,14 @@ def pairs(
 
     `train` makes them itself if they are not there.
     """
-    config = load_config(run_yaml, set_ or [])
+    config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
         require_possible(config, loaded)
         with told(stop) as tell:
             conditions = carried_out(make_conditions(run, loaded, processes), tell)
             carried_out(make_run_pairs(run, loaded, conditions, processes), tell)
-        console.print(f"{run.pairs}: {config.pairs} pairs", soft_wrap=True)
+        say(f"{run.pairs}: {config.pairs} pairs")
 
 
 @app.command()
@@ -129,13 +136,13 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """What a run will train, take and cost here, measured on three iterations. Writes nothing."""
-    config = load_config(run_yaml, set_ or [])
+    config = _settings(run_yaml, set_)
     _set_threads(config)
     with console.status("three iterations"):
         measured = measure(config, config.device_object())
     console.print(plan_table(config, measured))
     for line in measured.advice:
-        console.print(line, soft_wrap=True)
+        say(line)
 
 
 @app.command("export")
@@ -149,12 +156,14 @@ def export_(
     out: Annotated[Path | None, typer.Option(help="Else RUN/student-FORM.safetensors.")] = None,
 ) -> None:
     """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
+    if out:
+        _require_own(out, RECIPE_KEY)
     notes: list[str] = []
     with console.status("export"):
         path = export(run, form, dtype, out, notes)
     for note in notes:
-        console.print(note, soft_wrap=True)
-    console.print(f"{path}: put it into {FOLDERS[form]}", soft_wrap=True)
+        say(note)
+    say(f"{path}: put it into {FOLDERS[form]}")
 
 
 @app.command("verify")
@@ -164,10 +173,10 @@ def verify_(
     """What of a run is whole, a line a file. Exit code 1 where something is not."""
     verdicts = []
     for verdict in verify(run):
-        console.print(f"{verdict.file}: {verdict.said}", soft_wrap=True)
+        say(f"{verdict.file}: {verdict.said}")
         verdicts.append(verdict)
     damaged = sum(not verdict.is_whole for verdict in verdicts)
-    console.print(f"{len(verdicts)} files, {damaged or 'none'} damaged")
+    say(f"{len(verdicts)} files, {damaged or 'none'} damaged")
     if damaged:
         raise typer.Exit(1)
 
@@ -187,9 +196,9 @@ def sample(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Of a text-conditional model; may be repeated.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    count: Annotated[int, typer.Option(min=1, max=MOST, help="How many images.")] = 16,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same pictures; as in ComfyUI.")
+        int, typer.Option(min=0, max=LAST_SEED, help="Same seed, same pictures; as in ComfyUI.")
     ] = 0,
     base: Annotated[
         Path | None, typer.Option(help="The checkpoint that a LoRA or a UNet was made from.")
@@ -205,15 +214,18 @@ def sample(
     network = loaded.network
     if out.suffix == ".latent" and network.latent_scale is None:
         raise UserError(f"--out {out}: {network.family} models draw pixels, not latents.")
-    condition = _condition(loaded, file, class_, prompt, count)
     nfe = loaded.recipe.nfe if loaded.recipe else 1
-    noise = step_noise(network.shape, count, seed, nfe, network.device)
-    x0 = draw(network, loaded.recipe, noise, condition)
-    if network.latent_scale and out.suffix == ".latent":
-        write_latent(out, x0 / network.latent_scale)
-    else:
-        _write_images(out, network.to_images(x0).clamp(-1, 1))
-    console.print(str(out), soft_wrap=True)
+    values = 4 * count * torch.Size(network.shape).numel()
+    require_memory(f"--count {count}", nfe * values, network.device)
+    with out_of_memory(f"--count {count}: out of memory. Draw fewer at a time."):
+        condition = _condition(loaded, file, class_, prompt, count)
+        noise = step_noise(network.shape, count, seed, nfe, network.device)
+        x0 = draw(network, loaded.recipe, noise, condition)
+        if network.latent_scale and out.suffix == ".latent":
+            write_latent(out, x0 / network.latent_scale)
+        else:
+            _write_images(out, network.to_images(x0).clamp(-1, 1))
+    say(str(out))
 
 
 def _condition(
@@ -223,6 +235,8 @@ def _condition(
     if loaded.text:
         if class_ is not None or not prompts:
             raise UserError(f'{file} is told prompts: --prompt "a red fox in the snow".')
+        for prompt in prompts:
+            require_prompt(prompt, "--prompt")
         chosen = [prompts[i % len(prompts)] for i in range(count)]
         return loaded.text.encode(chosen)
     if prompts:
@@ -252,7 +266,7 @@ def _write_images(out: Path, images: Tensor) -> None:
 @app.command()
 def evaluate(
     file: FileArgument,
-    seed: Annotated[int, typer.Option(min=0, help="Of the fresh samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the fresh samples.")] = 0,
 ) -> None:
     """Measure a file on 2,000 fresh samples: distance to the data, diversity, speed."""
     _evaluate(load(str(file), torch.device("cpu")), seed)
@@ -261,12 +275,13 @@ def evaluate(
 @teacher_app.command()
 def digits(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 12000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=UPDATES, help="Optimiser steps.")] = 12000,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Train the digits teacher from scratch. The same seed gives the same weights."""
     from ..networks.digits import digits_network, train_digits_teacher
 
+    _require_own(out, NETWORK_KEY)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     teacher = digits_network()
@@ -275,7 +290,32 @@ def digits(
         for step in train_digits_teacher(teacher, steps, seed):
             progress.update(task, completed=step)
     save(out, teacher)
-    console.print(str(out), soft_wrap=True)
+    say(str(out))
+
+
+def _settings(run_yaml: Path, overrides: list[str] | None) -> Config:
+    """The settings of a run. Raises UserError where the run would be written over this file."""
+    config = load_config(run_yaml, overrides or [])
+    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text"))
+    is_its_own = (config.output / "run.yaml").resolve() == run_yaml.resolve()
+    if is_its_own and not any(path.exists() for path in begun):
+        raise UserError(
+            f"{run_yaml}: output: {config.output} is this file's own folder, and the run writes a "
+            "run.yaml there. Name a new folder."
+        )
+    return config
+
+
+def _require_own(out: Path, key: str) -> None:
+    """Raises UserError where `out` is there and does not say `key` of itself, as what we write."""
+    if not out.exists():
+        return
+    try:
+        is_own = key in peek(out)[1]
+    except UserError:
+        is_own = False
+    if not is_own:
+        raise UserError(f"--out {out}: is there, and was not written by this. Choose another name.")
 
 
 @contextmanager
@@ -315,7 +355,7 @@ def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
         raise typer.Exit(STOPPED if stopped else 0)
     save_curves(run.path / "curves.png", run.read_metrics())
     if stopped:
-        console.print(f"{run.path}: stopped and saved. Go on with: {again}", soft_wrap=True)
+        say(f"{run.path}: stopped and saved. Go on with: {again}")
         stop.exit()
     return loaded
 
@@ -374,9 +414,28 @@ def _export_command(run: RunFolder) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Bad input is one line on stderr and exit code 2."""
+    """Run the command line. Bad input is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
-        app(arguments)
+        sys.exit(app(arguments, standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(STOPPED)
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        _refuse(str(error))
+    except MemoryError:
+        _refuse("out of memory. Ask for less at a time.")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _refuse(f"{where}{error.strerror or error}. Check the path, and the room on the disk.")
+    except Exception as error:
+        # typer's own for a wrong option, by whichever name its version has for them
+        if not hasattr(error, "format_message"):
+            raise
+        if said := str(error.format_message()):  # none where the help has been shown instead
+            _refuse(f"{said} See --help.")
         sys.exit(2)
+
+
+def _refuse(message: str) -> NoReturn:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"error: {one_line(message)}", markup=False)
+    sys.exit(2)

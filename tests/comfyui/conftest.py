@@ -1,21 +1,17 @@
-"""One real ComfyUI for all tests below, with this pack and the probe nodes in it."""
+"""Runs that the tests of several files export and sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-from kit.comfy_host import PROBE_NODES, Server
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """What the tests compute beside the server is small; two threads would wait for each other."""
-    torch.set_num_threads(1)
+from kit.comfy_host import Server
+from kit.exported import Run, Trained
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with Server([PROBE_NODES]) as running:
-        yield running
+def trained(server: Server) -> Trained:
+    def train(name: str) -> Run:
+        run = Run(name, server)
+        run.train()
+        return run
+
+    return train

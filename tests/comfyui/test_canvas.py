@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from kit.checkpoints import tiny_sd2_eps, tiny_sd2_v, tiny_sd15, tiny_sdxl
-from kit.comfy_host import Server
+from kit.comfy_host import Server, comfyui_tree
 from kit.flow_model import (
     LATENT_SCALE,
     SHIFT,
@@ -28,6 +29,7 @@ from kit.published import kohya, lora_of, merged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmd_train.families import FAMILIES
 from dmd_train.method.network import Condition
 from dmd_train.method.noise import Flow, per_sample
 from dmd_train.networks.load import load
@@ -119,6 +121,13 @@ def test_a_unet_on_the_canvas_predicts_what_diffusers_predicts_of_its_file(
     assert asked.told[:2] == list(FAMILY[family])
     assert asked.found["image"].shape == (3, 3, 64, 64)
     assert float(asked.found["gradient"].norm()) > 0
+
+
+def test_every_class_that_a_family_is_known_by_is_one_of_comfyuis() -> None:
+    """A misspelt one would be passed over."""
+    source = (comfyui_tree() / "comfy/supported_models.py").read_text()
+    classes = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    assert {name for family in FAMILIES.values() for name in family.comfy} <= classes
 
 
 @pytest.mark.parametrize(("make", "side"), [(tiny_sd2_eps, 512), (tiny_sd2_v, 768)])
@@ -271,7 +280,7 @@ def test_a_flux_is_told_its_guidance_through_its_own_extra_conds(server: Server)
 def test_the_digits_model_predicts_as_the_engine_does(server: Server) -> None:
     graph = Graph()
     model = graph.add("DMD_LoadCheckpoint", file="dmd_students/digits-teacher.safetensors")
-    labels = graph.add("DMD_ClassLabel", labels="3, 7")
+    labels = graph.classes("3, 7")
     rows, settings = (1, 0, 1), {"preset": "digits-one-step", "resolution": 0}
     asked = ask(server, graph, model, labels, (1, 8, 8), rows, settings)
     network = load("digits", torch.device("cpu")).network

@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui.test_flow_students import lora_of as flow_lora
-from comfyui.test_flow_students import recipe as flow_recipe
 from kit.checkpoints import tiny_sd15, tiny_sdxl
-from kit.comfy_host import PromptFailed, Server
-from kit.flow_model import sd3_weights, text_condition, tiny_sd3
-from kit.graphs import SEED, Graph, Node, put
+from kit.comfy_host import Server
+from kit.flow_model import flow_lora, flow_recipe, sd3_weights, text_condition, tiny_sd3
+from kit.graphs import DIGITS_STUDENT, DIGITS_TEACHER, SEED, Graph, Node, failed, put
 from PIL import Image
 from safetensors.torch import save_file
 
-TEACHER = "dmd_students/digits-teacher.safetensors"
-STUDENT = "dmd_students/digits-one-step.safetensors"
 GAP = 2
 ROUNDING = 2
 """Levels of 255: ComfyUI cuts off where it writes a picture."""
@@ -46,8 +42,8 @@ def compare(graph: Graph, teacher: Any, student: Any, conditions: Node, **more: 
 
 def digits(graph: Graph) -> tuple[Node, Node]:
     return (
-        graph.add("DMD_LoadCheckpoint", file=TEACHER),
-        graph.add("DMD_LoadCheckpoint", file=STUDENT),
+        graph.add("DMD_LoadCheckpoint", file=DIGITS_TEACHER),
+        graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT),
     )
 
 
@@ -89,7 +85,7 @@ def rows(sheet: np.ndarray, count: int, size: int) -> list[np.ndarray]:
 def test_the_sheet_shows_what_ksampler_and_our_sampler_draw_from_that_seed(server: Server) -> None:
     graph = Graph()
     teacher, student = digits(graph)
-    classes = graph.add("DMD_ClassLabel", labels="0-9")
+    classes = graph.classes()
     compared = compare(graph, teacher, student, classes)
     beside = graph.add("DMD_EmptyLatent", model=teacher, width=0, height=0, batch_size=10)
     stock = graph.ksampler(teacher, classes, beside, steps=3, sampler="heun", scheduler="karras")
@@ -111,8 +107,8 @@ def test_the_nfe_are_those_of_the_networks_in_this_run(server: Server) -> None:
     """heun: two evaluations a step but the last. cfg: twice as many."""
     graph = Graph()
     teacher, student = digits(graph)
-    classes = graph.add("DMD_ClassLabel", labels="3, 7")
-    none = graph.add("DMD_ClassLabel", labels="")
+    classes = graph.classes("3, 7")
+    none = graph.classes("")
     alone = compare(graph, teacher, student, classes)
     guided = compare(graph, teacher, student, classes, cfg=2.5, negative=none)
     watched = graph.add("Probe_Watch", model=teacher, name="compared", seconds=0.0)
@@ -135,7 +131,7 @@ def test_the_seconds_are_of_sampling_and_not_of_warming_up(server: Server) -> No
     teacher, student = digits(graph)
     slow = graph.add("Probe_Watch", model=teacher, name="slow teacher", seconds=0.2)
     slow_student = graph.add("Probe_Watch", model=student, name="slow student", seconds=0.05)
-    classes = graph.add("DMD_ClassLabel", labels="1")
+    classes = graph.classes("1")
     node = compare(graph, slow, slow_student, classes, sampler_name="euler", teacher_steps=2)
     run(server, graph)
     by_teacher, by_student = captions(graph, node)
@@ -222,27 +218,23 @@ def test_a_flow_model_is_compared_in_its_own_latents(server: Server) -> None:
         assert np.abs(row - expected).max() <= ROUNDING
 
 
-def refused(server: Server, graph: Graph) -> str:
-    with pytest.raises(PromptFailed) as failure:
-        server.run(graph)
-    assert "\n" not in failure.value.message
-    return failure.value.message
-
-
 def test_what_cannot_be_compared_is_refused_before_anything_is_sampled(server: Server) -> None:
     graph = Graph()
     teacher, student = sd15(server, graph)
     text = graph.condition("sd15")
     compare(graph, teacher, student, text, cfg=7.5)
-    assert "there is none: wire negative, or set cfg to 1" in refused(server, graph)
+    assert "there is none: wire negative, or set cfg to 1" in failed(server, graph).message
 
     graph = Graph()
     teacher, _ = sd15(server, graph)
     compare(graph, teacher, teacher, graph.condition("sd15"))
-    assert "does not say in how many steps it samples" in refused(server, graph)
+    assert "does not say in how many steps it samples" in failed(server, graph).message
 
     graph = Graph()
     _, student = sd15(server, graph)
     other = graph.add("CheckpointLoaderSimple", ckpt_name=put(server, tiny_sdxl))
     compare(graph, other, student, graph.condition("sd15"))
-    assert "draw different latents (SDXL, 4 channels; SD15, 4 channels)" in refused(server, graph)
+    assert (
+        "draw different latents (SDXL, 4 channels; SD15, 4 channels)"
+        in failed(server, graph).message
+    )

@@ -13,12 +13,24 @@ import torch
 from kit.adm import adm_state
 from kit.checkpoints import tiny_sd2_v, tiny_sd15, tiny_sdxl
 from kit.comfy_host import PACK, Server
-from kit.graphs import NO_NOISE, Graph, Node, by_diffusers, error, noise, put, sample, unet_of
+from kit.graphs import (
+    DIGITS_STUDENT,
+    DIGITS_TEACHER,
+    NO_NOISE,
+    Graph,
+    Node,
+    by_diffusers,
+    error,
+    noise,
+    put,
+    sample,
+    unet_of,
+)
 from torch import Tensor
 
 from dmd_train.method.sample import sample_heun, sample_student
 from dmd_train.networks.digits import CLASSES
-from dmd_train.networks.load import DIGITS_TEACHER
+from dmd_train.networks.load import DIGITS_TEACHER as TEACHER_FILE
 from dmd_train.networks.load import load as from_disk
 from dmd_train.networks.published import RECIPES
 
@@ -29,8 +41,6 @@ EXACT_EDM = 3e-5
 """Measured: 2e-7 to 1e-5. Noise of sqrt(1 + 80^2) instead of 80, ComfyUI's default, makes 8e-5."""
 OFF = 0.1
 """What is wrong is wrong by more than this."""
-DIGITS = "dmd_students/digits-one-step.safetensors"
-TEACHER = "dmd_students/digits-teacher.safetensors"
 CPU = torch.device("cpu")
 
 
@@ -165,8 +175,8 @@ def labelled(count: int) -> dict[str, Tensor]:
 
 def test_the_digits_student_makes_what_the_engine_makes_of_the_same_noise(server: Server) -> None:
     graph = Graph()
-    model = graph.add("DMD_LoadCheckpoint", file=DIGITS)
-    classes = graph.add("DMD_ClassLabel", labels="0-9")
+    model = graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT)
+    classes = graph.classes()
     empty = graph.add("DMD_EmptyLatent", model=model, width=0, height=0, batch_size=CLASSES)
     sockets = graph.model_sampling(model)
     sampled = sample(
@@ -195,7 +205,7 @@ def test_an_imagenet_64_generator_makes_what_the_engine_makes_of_the_same_noise(
     put(server, imagenet_generator, name)
     graph = Graph()
     model = graph.add("DMD_LoadCheckpoint", file=f"checkpoints/{name}")
-    classes = graph.add("DMD_ClassLabel", labels="0-2")
+    classes = graph.classes("0-2")
     empty = graph.add("DMD_EmptyLatent", model=model, width=0, height=0, batch_size=3)
     sampled = sample(
         server,
@@ -217,15 +227,15 @@ def imagenet_generator(path: Path) -> None:
 
 def test_stock_heun_on_the_digits_teacher_is_the_engines_heun(server: Server) -> None:
     graph = Graph()
-    model = graph.add("DMD_LoadCheckpoint", file=TEACHER)
-    classes = graph.add("DMD_ClassLabel", labels="0-9")
+    model = graph.add("DMD_LoadCheckpoint", file=DIGITS_TEACHER)
+    classes = graph.classes()
     empty = graph.add("DMD_EmptyLatent", model=model, width=0, height=0, batch_size=CLASSES)
     (sampled,) = sample(
         server,
         graph,
         graph.ksampler(model, classes, empty, steps=18, sampler="heun", scheduler="karras"),
     )
-    teacher = from_disk(str(DIGITS_TEACHER), CPU).network
+    teacher = from_disk(str(TEACHER_FILE), CPU).network
     expected = sample_heun(teacher, noise(CLASSES, 1, 8, 8), labelled(CLASSES), steps=18)
     assert error(sampled, expected) <= EXACT_EDM
 
@@ -249,8 +259,8 @@ def test_our_sampler_calls_the_network_once_a_step_and_never_for_guidance(
 
 def test_stock_ksampler_calls_a_one_step_student_once(server: Server) -> None:
     graph = Graph()
-    model = graph.add("DMD_LoadCheckpoint", file=DIGITS)
+    model = graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT)
     watched = graph.add("Probe_Watch", model=model, name="stock", seconds=0.0)
     empty = graph.add("DMD_EmptyLatent", model=model, width=0, height=0, batch_size=4)
-    latent = graph.ksampler(watched, graph.add("DMD_ClassLabel", labels="3"), empty)
+    latent = graph.ksampler(watched, graph.classes("3"), empty)
     assert calls(server, graph, "stock", latent) == 1

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from kit.checkpoints import tiny_sd15, tiny_sdxl
 from kit.comfy_host import PromptFailed, Server
 from kit.graphs import (
+    DIGITS_STUDENT,
     NO_NOISE,
     Graph,
     Node,
@@ -29,7 +30,6 @@ from dmd_train.method.recipe import Recipe
 
 EXACT = 1e-4
 OFF = 0.01
-DIGITS = "dmd_students/digits-one-step.safetensors"
 STUDENT = Recipe(family="sd1", prediction="eps", timesteps=(599,), noise_scale=1.0)
 
 
@@ -247,8 +247,8 @@ def test_an_interrupted_run_of_several_steps_ends_early_and_the_queue_lives(
     assert stopped.value.event == "execution_interrupted"
     following = Graph()
     told = following.add("Probe_Calls", name="interrupted")
-    digits = following.add("DMD_LoadCheckpoint", file=DIGITS)
-    classes = following.add("DMD_ClassLabel", labels="7")
+    digits = following.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT)
+    classes = following.classes("7")
     (drawn,) = sample(server, following, following.one_step(digits, classes, 0, 0))
     assert 1 <= following.shown[told.id]["calls"][0] < 4
     assert torch.isfinite(drawn).all()
@@ -256,8 +256,8 @@ def test_an_interrupted_run_of_several_steps_ends_early_and_the_queue_lives(
 
 def test_a_class_model_says_which_size_it_draws(server: Server) -> None:
     graph = Graph()
-    digits = graph.add("DMD_LoadCheckpoint", file=DIGITS)
-    classes = graph.add("DMD_ClassLabel", labels="7")
+    digits = graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT)
+    classes = graph.classes("7")
     graph.add(
         "Probe_SaveLatent", latent=graph.ksampler(digits, classes, graph.empty(512, 512)), name="x"
     )
@@ -273,7 +273,7 @@ def test_width_and_height_0_are_the_size_the_model_was_made_for(server: Server) 
             (student(server, graph), 0),
             (student(server, graph), 128),
             (graph.add("DMD_LoadCheckpoint", file=f"checkpoints/{put(server, tiny_sdxl)}"), 0),
-            (graph.add("DMD_LoadCheckpoint", file=DIGITS), 0),
+            (graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT), 0),
         )
     ]
     shapes = [tuple(latent.shape) for latent in sample(server, graph, *empties)]

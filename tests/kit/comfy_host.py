@@ -129,6 +129,7 @@ def launch(tree: Path, arguments: list[str]) -> None:
     """
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's are ignored
     if torch.version.cuda is None:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

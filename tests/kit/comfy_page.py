@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from kit.comfy_host import PACK, PACK_NAME, PromptFailed, PromptRefused, Server
-from playwright.sync_api import Browser, Locator, Page, Route
+from playwright.sync_api import Browser, Locator, Page, Playwright
 
+CHROMIUM = "/usr/bin/chromium"  # tests/install_system.sh
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the server and nothing else
+]
 ARTEFACTS = PACK / "tests/artefacts"
 RENDERERS = ["classic", "nodes-2.0"]
 SETTINGS = {
@@ -19,6 +30,17 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
 }
+EMPTY: dict[str, Any] = {
+    "version": 0.4,
+    "last_node_id": 0,
+    "last_link_id": 0,
+    "nodes": [],
+    "links": [],
+    "groups": [],
+    "config": {},
+    "extra": {},
+}
+"""A workflow."""
 
 
 class ComfyPage:
@@ -50,14 +72,28 @@ class ComfyPage:
             timeout=60_000,
         )
 
+    def clear(self) -> None:
+        """Forget the open workflow, what nodes have shown, and the pack's errors."""
+        self.page.evaluate("() => { window.app.nodeOutputs = {} }")
+        self.load(EMPTY)
+        self.pack_errors.clear()
+
     def load(self, workflow: Path | dict[str, Any]) -> None:
         """Open a workflow (the page's own JSON), as dropping its file onto the page does."""
         graph = json.loads(workflow.read_text()) if isinstance(workflow, Path) else workflow
         self.page.evaluate("graph => window.app.loadGraphData(graph)", graph)
 
+    def drawn(self) -> None:
+        """Wait for five frames: nodes have their places after one, their sizes after four."""
+        self.page.evaluate(
+            """async () => {
+                for (let frame = 0; frame < 5; frame++) await new Promise(requestAnimationFrame)
+            }"""
+        )
+
     def members(self) -> dict[str, list[int]]:
         """Title of a group -> the nodes that stand in it, once the page has drawn them."""
-        self.page.wait_for_timeout(1000)
+        self.drawn()
         members: dict[str, list[int]] = self.page.evaluate(
             """() => Object.fromEntries(window.app.graph.groups.map(group => {
                 const [left, top, width, height] = group.boundingRect
@@ -138,7 +174,7 @@ class ComfyPage:
         return text
 
     def listen(self) -> None:
-        """From now on keep what the server says of running nodes: `told` and `previews`."""
+        """Keep what the server says of running nodes from now on: `told` and `previews`."""
         self.page.evaluate(
             """() => {
                 const { told } = window
@@ -188,7 +224,7 @@ class ComfyPage:
             }""",
             list(node_types),
         )
-        self.page.wait_for_timeout(1000)
+        self.drawn()
 
     def queue(self, timeout: float = 120) -> dict[str, Any]:
         """Press Run and wait for the end: the history entry; raises as `Server.run` does."""
@@ -220,7 +256,7 @@ class ComfyPage:
         self.page.evaluate("() => window.app.api.interrupt()")
 
     def wait_for_end(self, timeout: float = 120) -> dict[str, Any]:
-        """Of what `press_run` queued."""
+        """The history entry of what `press_run` queued; raises as `Server.run` does."""
         self.page.wait_for_function("() => window.runEnd", timeout=timeout * 1000)
         end = self.page.evaluate("() => window.runEnd")
         if end["event"] != "execution_success":
@@ -235,19 +271,16 @@ class ComfyPage:
         return file
 
 
+def launch(playwright: Playwright) -> Browser:
+    """Debian's Chromium, without a window."""
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
 @contextmanager
 def opened(server: Server, browser: Browser, renderer: str) -> Iterator[ComfyPage]:
     """The page, drawing nodes in one of RENDERERS."""
     server.post("/settings", SETTINGS | {"Comfy.VueNodes.Enabled": renderer == "nodes-2.0"})
-
-    def only_the_server(route: Route) -> None:
-        if route.request.url.startswith(server.address):
-            route.continue_()
-        else:
-            route.abort()
-
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.route("**/*", only_the_server)
     comfy = ComfyPage(context.new_page(), server, renderer)
     comfy.open()
     yield comfy

@@ -19,6 +19,8 @@ from kit.graphs import SEED, Graph, Node
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmd_train.method.recipe import Recipe
+
 CONTEXT = {"SD3": (4096, 2048), "Flux": (4096, 768)}
 """ComfyUI's name of a family -> width of the text condition and of the pooled one."""
 
@@ -26,13 +28,23 @@ LATENT_SCALE = {"SD3": (1.5305, 0.0609), "Flux": (0.3611, 0.1159)}
 """Scale and shift: a LATENT of ComfyUI's is x0 / scale + shift."""
 
 SHIFT = {"SD3": 3.0, "Flux": math.exp(1.15)}
-"""Of the noise levels, as `dmd_train.method.noise.Flow` has it: SD3's own; Flux's mu of 1.15."""
+"""Shift of the noise levels, as `dmd_train.method.noise.Flow` has it: SD3's; Flux's mu of 1.15."""
 
 CHANNELS, PATCH, POSITIONS = 16, 2, 64
-"""Of a latent; side of a patch; patches a side that SD3 has positions for: 1024 pixels."""
+"""Depth of a latent; side of a patch; patches a side that SD3 has positions for: 1024 pixels."""
 
 SINUSOID = 256
 """Width of the embedding of t before its first layer."""
+
+RANK, ALPHA = 2, 1.0
+LORA_LAYERS = (
+    "x_embedder.proj",  # a convolution
+    "joint_blocks.0.x_block.attn.qkv",
+    "joint_blocks.0.context_block.mlp.fc2",
+    "joint_blocks.1.x_block.attn.proj",
+    "final_layer.linear",
+)
+"""A layer of each kind, for a LoRA on SD3."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -175,3 +187,45 @@ def as_diffusers_sd3(weights: dict[str, Tensor]) -> SD3Transformer2DModel:
     converted = convert_sd3_transformer_checkpoint_to_diffusers(dict(weights))
     network.load_state_dict(converted, assign=True)
     return network.eval()
+
+
+def flow_recipe(family: str = "SD3", *timesteps: int) -> Recipe:
+    """One step from pure noise, unless timesteps say otherwise."""
+    return Recipe(
+        family=family,
+        prediction="flow",
+        timesteps=timesteps or (999,),
+        noise_scale=1.0,
+        baked_guidance=4.5,
+        teacher="tiny",
+        license="CC0",
+    )
+
+
+def flow_lora(
+    weights: dict[str, Tensor], layers: tuple[str, ...] = LORA_LAYERS
+) -> dict[str, Tensor]:
+    """A random LoRA on these layers, as a run writes it: ComfyUI's names with underscores."""
+    random = torch.Generator().manual_seed(1)
+    lora = {}
+    for name in layers:
+        out, *given = weights[f"{name}.weight"].shape
+        key = f"lora_unet_{name.replace('.', '_')}"
+        down = torch.randn(RANK, *given, generator=random) / torch.Size(given).numel() ** 0.5
+        up = torch.randn(out, RANK, *[1] * (len(given) - 1), generator=random)
+        lora |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        lora[f"{key}.alpha"] = torch.tensor(ALPHA)
+    return lora
+
+
+def merged(
+    weights: dict[str, Tensor], lora: dict[str, Tensor], strength: float
+) -> dict[str, Tensor]:
+    """W + strength alpha / rank up down, of a LoRA on LORA_LAYERS."""
+    whole = dict(weights)
+    for name in LORA_LAYERS:
+        key = f"lora_unet_{name.replace('.', '_')}"
+        down, up = lora[f"{key}.lora_down.weight"], lora[f"{key}.lora_up.weight"]
+        delta = (up.flatten(1) @ down.flatten(1)).view_as(whole[f"{name}.weight"])
+        whole[f"{name}.weight"] = whole[f"{name}.weight"] + strength * ALPHA / RANK * delta
+    return whole

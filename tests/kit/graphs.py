@@ -8,18 +8,22 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 from kit.checkpoints import as_diffusers_unet
-from kit.comfy_host import Server
+from kit.comfy_host import PromptFailed, Server
 from kit.probe_nodes import condition, pooled_condition
 from safetensors.torch import load_file
 from torch import Tensor
 
 SEED = 7
-LATENT_SCALE = {"sd15": 0.18215, "sd2v": 0.18215, "sdxl": 0.13025}
+DIGITS_TEACHER = "dmd_students/digits-teacher.safetensors"
+DIGITS_STUDENT = "dmd_students/digits-one-step.safetensors"
+"""Names in the list of Load DMD Checkpoint."""
+LATENT_SCALE = {"sd15": 0.18215, "sd2": 0.18215, "sd2v": 0.18215, "sdxl": 0.13025}
 """A LATENT of ComfyUI's is what the VAE takes; a network works on one that is this much smaller."""
-CONTEXT = {"sd15": (768, 0), "sd2v": (1024, 0), "sdxl": (2048, 1280)}
+CONTEXT = {"sd15": (768, 0), "sd2": (1024, 0), "sd2v": (1024, 0), "sdxl": (2048, 1280)}
 """Width of the text condition and of the pooled one."""
 
 _names = (f"latent-{i}" for i in count())
@@ -52,6 +56,10 @@ class Graph(dict[str, Any]):
         """A random text condition of the family's widths."""
         width, pooled_width = CONTEXT[family]
         return self.add("Probe_Conditioning", seed=seed, width=width, pooled_width=pooled_width)
+
+    def classes(self, labels: str = "0-9") -> Node:
+        """DMD Class Label."""
+        return self.add("DMD_ClassLabel", labels=labels)
 
     def empty(self, width: int = 64, height: int = 64, batch: int = 1) -> Node:
         return self.add("EmptyLatentImage", width=width, height=height, batch_size=batch)
@@ -141,8 +149,25 @@ def sample(server: Server, graph: Graph, *latents: Node, timeout: float = 120) -
     return [load_file(server.base / f"output/{name}.safetensors")["samples"] for name in names]
 
 
+def failed(server: Server, graph: Graph) -> PromptFailed:
+    """Run a graph that cannot be: what its node says, which is one line."""
+    with pytest.raises(PromptFailed) as failure:
+        server.run(graph)
+    assert failure.value.event == "execution_error"
+    assert "\n" not in failure.value.message
+    return failure.value
+
+
+def queue_lives(server: Server) -> None:
+    """Asserts that the next prompt runs."""
+    graph = Graph()
+    model = graph.add("DMD_LoadCheckpoint", file=DIGITS_STUDENT)
+    (drawn,) = sample(server, graph, graph.one_step(model, graph.classes("7"), 0, 0))
+    assert torch.isfinite(drawn).all()
+
+
 NO_NOISE = torch.empty(0, 4, 8, 8)
-"""For `by_diffusers` with one step, which adds none."""
+"""What `by_diffusers` is given with one step, which adds none."""
 
 
 def told(graph: Graph, node: Node) -> str:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from browser.conftest import launch
 from kit.comfy_host import PACK, Server
-from kit.comfy_page import SETTINGS, ComfyPage
+from kit.comfy_page import SETTINGS, ComfyPage, launch
 from kit.stand_ins import put_files
 from PIL import Image
 from playwright.sync_api import sync_playwright

@@ -75,7 +75,7 @@ def write_scheduler(folder: Path, **settings: Any) -> None:
 
 
 def write_tokenizer(folder: Path, pad: str) -> None:
-    """As in Stability's and RunwayML's folders."""
+    """A tokenizer as in Stability's and RunwayML's folders."""
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(text.vocabulary()))
     (folder / "merges.txt").write_bytes(gzip.decompress(text.MERGES.read_bytes()))

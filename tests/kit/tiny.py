@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmd_train.config import Config, make_config
 from dmd_train.data.pairs import Pairs, StoredPairs
 from dmd_train.files.shards import Shards
-from dmd_train.method.network import Condition, Network
+from dmd_train.method.network import Condition, Network, Wrapped
 from dmd_train.method.noise import EDM, Noise, per_sample
 from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.method.recipe import Recipe
@@ -74,20 +74,16 @@ class Call:
     grad: bool
 
 
-class Recorded(Bare):
+class Recorded(Wrapped):
     """The network it holds, taking notes of every evaluation."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.calls = network, list[Call]()
-        self.module, self.noise, self.shape = network.module, network.noise, network.shape
-        self.prediction, self.sigma_data = network.prediction, network.sigma_data
+        super().__init__(network)
+        self.calls: list[Call] = []
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.calls.append(Call(x_t.detach().clone(), t, condition, torch.is_grad_enabled()))
-        return self.network.predict_x0(x_t, t, condition)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        return self.network.null_condition(condition)
+        return super().predict_x0(x_t, t, condition)
 
 
 class RawMLP(nn.Module):

@@ -1,36 +1,17 @@
-"""Runs of the real command line on the embedded teacher, made short."""
+"""Runs of the real command line on the embedded teacher and on tiny ones, made short."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import diffusers
 import pytest
-import torch
 import transformers
 import yaml
-from kit.sd_files import Tiny, pipelines, single_files
+from kit.command_line import SHORT, Command, WriteRun
+from kit.sd_files import Tiny, micro_pipeline, pipelines, single_files
+from kit.sd_runs import PROMPTS, SMALL
 
-from dmd_train.terminal import commands as cli
-
-SHORT = {
-    "teacher": "digits",
-    "preset": "digits-one-step",
-    "steps": 40,
-    "batch_size": 4,
-    "pairs": 20,
-    "pair_batch_size": 4,
-    "pair_steps": 2,
-    "critic_updates": 2,
-    "checkpoint_every": 10,
-    "sample_every": 20,
-}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tiny networks are slower on two."""
-    torch.set_num_threads(1)
+from dmd_train.run.sample_sheet import SampleSheet
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,48 +21,57 @@ def no_progress_bars_of_save_pretrained() -> None:
     diffusers.logging.disable_progress_bar()
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def dmd(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Command:
-    """`python -m dmd_train` with these arguments, in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        code = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        captured = capfd.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
-
-
-WriteRun = Callable[..., Path]
+def written(path: Path, **settings: Any) -> Path:
+    """A run.yaml; None leaves a key out."""
+    path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+    return path
 
 
 @pytest.fixture(scope="session")
 def write_run() -> WriteRun:
-    """Write a short run.yaml into a folder; its output is `folder`/run. None leaves a key out."""
+    """Write a short run.yaml into a folder; its output is `folder`/run."""
 
-    def write(folder: Path, **settings: object) -> Path:
+    def write(folder: Path, **settings: Any) -> Path:
         values = SHORT | {"output": str(folder / "run")} | settings
-        path = folder / "run.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return path
+        return written(folder / "run.yaml", **values)
 
     return write
+
+
+@pytest.fixture
+def write_sd_run(tmp_path: Path, micro: Tiny) -> WriteRun:
+    """Write a run.yaml of Stable Diffusion, whose output is run/ beside it."""
+
+    def write(**settings: Any) -> Path:
+        listed = tmp_path / "prompts.txt"
+        listed.write_text("\n".join(PROMPTS))
+        own = {
+            "teacher": str(micro("sd1")),
+            "prompts": str(listed),
+            "output": str(tmp_path / "run"),
+        }
+        return written(tmp_path / "run.yaml", **SMALL | own | settings)
+
+    return write
+
+
+@pytest.fixture
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No curves, and sheets of two columns: seconds of a run. The runs of the presets have all."""
+    monkeypatch.setattr("dmd_train.run.curves.save_curves", lambda *_: None)
+    monkeypatch.setattr(SampleSheet.__init__, "__defaults__", (2,))
+
+
+@pytest.fixture
+def train(dmd: Command, few_pictures: None, tmp_path: Path) -> WriteRun:
+    """Train to the end; gives the run folder."""
+
+    def train(run_yaml: Path, *arguments: str) -> Path:
+        outcome = dmd("train", run_yaml, *arguments)
+        assert outcome.code == 0, outcome.out + outcome.err
+        return tmp_path / "run"
+
+    return train
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +84,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def pipeline(tiny: Tiny) -> Tiny:
     """The same as a diffusers folder."""
     return pipelines(tiny)
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A diffusers folder of a few thousand weights, by family; not to be changed."""
+    parent = tmp_path_factory.mktemp("micro")
+
+    def made(family: str) -> Path:
+        folder = parent / family
+        return folder if folder.exists() else micro_pipeline(folder, family)
+
+    return made

@@ -14,6 +14,7 @@ from dmd_train.errors import UserError
 from dmd_train.iteration import Distillation
 from dmd_train.method.adapters import Adapters
 from dmd_train.method.lora import kohya_name, merge_lora
+from dmd_train.method.network import Network
 from dmd_train.method.objectives import Denoising, DistributionMatching
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.roles import Roles, three_networks, two_adapters
@@ -77,6 +78,16 @@ def test_with_adapters_off_the_network_answers_as_it_did_before_it_had_any() -> 
     assert torch.equal(predictions(roles())["teacher"], alone)
 
 
+def test_each_role_is_what_the_network_is_in_all_that_a_network_declares() -> None:
+    network = tiny_sd()
+    network.latent_scale, network.downscale, network.sigma_data = 0.3, 4, 0.7
+    network.decoder = nn.Identity()
+    of = two_adapters(network, rank=4, alpha=4, seed=0)
+    for name in Network.__annotations__:
+        for role in (of.teacher, of.critic, of.student):
+            assert getattr(role.network, name) is getattr(network, name), name
+
+
 def test_teacher_critic_and_student_answer_differently_in_any_order_of_asking() -> None:
     of = roles()
     first = predictions(of)
@@ -138,7 +149,7 @@ def test_an_update_gives_gradients_to_the_adapter_that_learns_alone(learns: str)
 
 
 def student_gradients(checkpointing: Callable[[Roles], None]) -> dict[str, Tensor]:
-    """Of the distribution matching, whose own forwards leave another adapter active."""
+    """The distribution matching's, whose own forwards leave another adapter active."""
     of = roles()
     checkpointing(of)
     x, t, condition = inputs()
@@ -166,7 +177,7 @@ def checkpointed(of: Roles) -> None:
 
 
 def checkpointed_by_torch(of: Roles) -> None:
-    """As diffusers does by itself: recomputed under whatever adapter is active by then."""
+    """What diffusers does by itself: recomputed under whatever adapter is active by then."""
 
     def by_torch(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.command_line import Command, WriteRun, refused
 from safetensors.torch import save_file
 
 from dmd_train.config import load_config
@@ -17,18 +18,6 @@ from dmd_train.files.read import read_safetensors
 from dmd_train.files.write import write_atomically, write_safetensors, write_text
 from dmd_train.networks.load import DIGITS_TEACHER
 from dmd_train.run.folder import RunFolder
-
-Command = Callable
-WriteRun = Callable[..., Path]
-
-
-def refused(outcome: tuple[int, str, str], *words: object) -> None:
-    code, out, err = outcome
-    assert code == 2, out + err
-    assert len(err.strip().splitlines()) == 1, err
-    assert "Traceback" not in out + err
-    for word in words:
-        assert str(word) in err
 
 
 @pytest.mark.parametrize(
@@ -184,6 +173,58 @@ def test_a_run_begun_with_other_settings_is_not_taken_up(
 ) -> None:
     assert dmd("train", write_run(tmp_path, steps=2)).code == 0
     refused(dmd("train", write_run(tmp_path, steps=2, seed=1)), "seed: 0", "now it is 1")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"learning_rate": 1e-3},
+        {"batch_size": 5},
+        {"guidance": 2.0},
+        {"ema_decay": 0.0},
+        {"steps": 41},
+        {"pairs": 21},
+        {"teacher": "another"},
+        {"prompts": "another.txt"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_changes_what_is_learned_is_not_changed_when_a_run_goes_on(
+    setting: dict[str, object], tmp_path: Path, write_run: WriteRun
+) -> None:
+    with RunFolder(load_config(write_run(tmp_path), [])):
+        pass
+    (key,) = setting
+    again = RunFolder(load_config(write_run(tmp_path, **setting), []))
+    with pytest.raises(UserError, match=f"was begun with {key}: "), again:
+        pass
+
+
+def test_a_setting_that_does_not_change_what_is_learned_may_be_another_when_a_run_goes_on(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    free = {
+        "device": "cpu",
+        "cpu_threads": 2,
+        "micro_batch_size": 1,
+        "gradient_checkpointing": True,
+        "checkpoint_every": 3,
+        "sample_every": 3,
+        "trackers": ["tensorboard"],
+    }
+    with RunFolder(load_config(write_run(tmp_path), [])):
+        pass
+    with RunFolder(load_config(write_run(tmp_path, **free), [])) as run:
+        now = load_config(run.path / "run.yaml", []).model_dump()
+    assert free.items() <= now.items()
+
+
+def test_a_run_goes_on_under_another_spelling_of_the_path_of_its_prompts(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    for spelling in ("lists/prompts.txt", "./lists//prompts.txt"):
+        with RunFolder(load_config(write_run(tmp_path, prompts=spelling), [])) as run:
+            assert load_config(run.path / "run.yaml", []).prompts == "lists/prompts.txt"
 
 
 @pytest.mark.parametrize("interval", [10, 1000])

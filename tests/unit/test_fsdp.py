@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kit.command_line import Command
 from kit.tiny import config
 from kit.tiny_sd import tiny_sd
 from safetensors.torch import load_file
 from torch import Tensor
-from unit.conftest import Command
 
 from dmd_train.errors import UserError
 from dmd_train.method.processes import Processes
@@ -42,13 +42,14 @@ def flat(path: Path) -> Tensor:
 
 
 def sharded() -> subprocess.CompletedProcess[str]:
-    """As `accelerate launch --use_fsdp` starts two processes."""
+    """Two processes as `accelerate launch --use_fsdp` starts them."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
     command = [*launch, "-m", "dmd_train", "train", "run.yaml"]
     return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_two_processes_with_sharded_networks_give_the_weights_and_state_of_one(
     dmd: Command, tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def with_a_slow_critic(seed: int, critic_updates: int) -> Balance:
     return Balance(float(wander), min(side.share for side in sides(state, 1.5)))
 
 
+@pytest.mark.long
 @SEEDS
 def test_a_slow_critic_hops_between_the_modes_and_five_updates_for_one_cure_it(seed: int) -> None:
     """DMD2 section 4.2. Measured, seeds 0-4: wander 1.28-2.47 against 0.05-0.14, 9 to 28 times;

@@ -41,7 +41,7 @@ def inputs(network: EDMNetwork, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def relative_error(
     network: EDMNetwork, state: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Of x0, and of what the raw network adds to it (c_skip x_t hides it at little noise)."""
+    """Errors of x0, and of what the raw network adds (c_skip x_t hides it at little noise)."""
     x_t, label = inputs(network, dtype)
     sigma = network.noise.sigma(TIMESTEPS).to(dtype)
     onehot = torch.eye(CLASSES + 1, CLASSES, dtype=dtype)[label]

@@ -73,6 +73,12 @@ def test_autograd_gives_g_over_any_number_of_elements_to_one_rounding() -> None:
     torch.testing.assert_close(x.grad, g / x.numel(), rtol=1.2e-7, atol=0)
 
 
+def test_a_g_that_was_computed_from_the_samples_sends_them_no_gradient_of_its_own() -> None:
+    x = randn(4, *SHAPE).requires_grad_()
+    with_gradient(x, 3 * x).backward()
+    torch.testing.assert_close(x.grad, 3 * x.detach() / x.numel(), rtol=1.2e-7, atol=0)
+
+
 def test_g_is_fake_minus_real_over_the_mean_distance_of_the_sample_to_real() -> None:
     x = torch.tensor([[[[3.0]], [[-1.0]]]])  # C = 2
     matching = DistributionMatching(constant(1.0), constant(5.0))
@@ -354,7 +360,7 @@ def digits_trio() -> tuple[EDMNetwork, EDMNetwork, EDMNetwork]:
 
 
 def relative_error(module: nn.Module, exact: nn.Module) -> float:
-    """Of the gradient, over all parameters together."""
+    """The gradient's, over all parameters together."""
     ours = nn.utils.parameters_to_vector(p.grad for p in module.parameters()).double()
     truth = nn.utils.parameters_to_vector(p.grad for p in exact.parameters())
     return float((ours - truth).norm() / truth.norm())

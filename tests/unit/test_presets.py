@@ -1,6 +1,7 @@
-"""Which preset is for which model."""
+"""Which preset is for which model, and what `presets` says of it."""
 
 import pytest
+from kit.command_line import Command
 from kit.tiny import constant
 
 from dmd_train.config import Config, make_config
@@ -48,3 +49,18 @@ def test_the_preset_for_any_model_needs_no_pairs_and_gives_a_lora() -> None:
     assert not whole.needs_pairs
     assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
     assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
+
+
+def test_presets_prints_every_number_with_its_source(
+    dmd: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = dmd("presets").out.splitlines()
+    for name, preset in PRESETS.items():
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        assert preset.about in lines[start]
+        table = lines[start + 4 : start + 4 + len(preset.choices)]
+        for line, (key, choice) in zip(table, preset.choices.items(), strict=True):
+            cells = [cell.strip() for cell in line.strip("│┃ ").split("│")]
+            assert cells == [key, str(choice.value), choice.source]
+            assert choice.source.strip() and key in Config.model_fields

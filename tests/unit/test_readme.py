@@ -21,6 +21,7 @@ def short(block: str) -> str:
     return re.sub(r"(teacher digits)", r"\1 --steps 3", block)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
     ran = [block for block in BLOCKS if "dmd_train" in block or "make demo" in block]
     assert len(ran) >= 5
@@ -40,7 +41,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_the_two_make_targets_set_up_the_venv_first(target: str, tmp_path: Path) -> None:
-    """On a fresh clone make would create .venv and install before it runs anything."""
+    """A fresh clone's make would create .venv and install before it runs anything."""
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
     done = subprocess.run(
         ["make", "-n", target], cwd=tmp_path / "clone", capture_output=True, text=True, check=True

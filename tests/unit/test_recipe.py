@@ -116,6 +116,14 @@ def test_timesteps_outside_0_to_999_are_refused(timesteps: list[int]) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("timesteps", [[249, 999], [999, 999], [999, 249, 499]])
+def test_timesteps_that_do_not_fall_are_refused(timesteps: list[int]) -> None:
+    with pytest.raises(UserError, match=r"^some/file: its recipe's .* do not fall"):
+        read_recipe(metadata(timesteps=timesteps), "some/file")
+    with pytest.raises(ValidationError):
+        recipe(timesteps=timesteps)
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         recipe().timesteps = FOUR  # type: ignore[misc]

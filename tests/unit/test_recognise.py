@@ -182,7 +182,7 @@ def test_a_licence_in_the_metadata_of_a_foreign_file_is_shown(tmp_path: Path) ->
 
 
 def flow_recipe(family: str = "SD3") -> Recipe:
-    """Of a student made in ComfyUI, of a family that ComfyUI alone has."""
+    """A recipe of a student made in ComfyUI, of a family that ComfyUI alone has."""
     return recipe(family=family, prediction="flow", noise_scale=1.0, license="MIT")
 
 

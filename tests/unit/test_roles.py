@@ -41,7 +41,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def watch(state: Distillation) -> list[tuple[set[str], set[str]]]:
-    """For each update: the roles that changed since the one before, and those with gradients."""
+    """Roles by update: those that changed since the one before, and those with gradients."""
     roles = {name: getattr(state.roles, name) for name in ("teacher", "critic", "student")}
     last = {name: weights(role) for name, role in roles.items()}
     log: list[tuple[set[str], set[str]]] = []
@@ -216,6 +216,14 @@ def test_the_pairs_of_an_update_are_a_batch_of_their_own_size() -> None:
     torch.testing.assert_close(x_ref, expected.detach())
 
 
+def test_in_the_warm_up_the_regression_has_its_whole_weight_whatever_it_has_later() -> None:
+    norms = []
+    for weight in (0.0, 0.25, 1.0):
+        state = distillation(regression_weight=weight, regression_warmup_steps=1)
+        norms.append(state.iteration(0, some_pairs())["student/gradient_norm"])
+    assert norms[0] > 0 and norms[0] == norms[1] == norms[2]
+
+
 def test_the_student_follows_distribution_matching_plus_the_weighted_regression() -> None:
     state = distillation(regression_weight=0.25, guidance=2.0, critic_updates=1, clip_norm=1e9)
     network = Recorded(state.roles.student.network)
@@ -225,7 +233,7 @@ def test_the_student_follows_distribution_matching_plus_the_weighted_regression(
     losses: list[float] = []
 
     def check(*_: object) -> None:
-        """Once more as one sum, before anything is updated."""
+        """The losses once more as one sum, before anything is updated."""
         x, x_ref = (network.network.predict_x0(c.x_t, c.t, c.condition) for c in network.calls)
         whole = pairs.take(torch.arange(len(pairs)), CPU)
         scaled = 80 * whole.noise

@@ -79,7 +79,7 @@ def test_one_step_lets_the_gradient_through_to_the_student() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 20), (4, 64, 64)])
 def test_image_i_is_the_same_picture_in_a_batch_of_any_size(shape: tuple[int, int, int]) -> None:
-    """Of 16 values or a multiple: torch fills in blocks of 16, and the last block differently."""
+    """Rows of 16 values or a multiple: torch fills in blocks, and the last block differently."""
     large, small, one = (step_noise(shape, count, 0, 2, CPU) for count in (7, 3, 1))
     for step in range(2):
         assert torch.equal(large[step][:3], small[step])
@@ -90,7 +90,7 @@ def test_image_i_is_the_same_picture_in_a_batch_of_any_size(shape: tuple[int, in
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_the_first_noise_is_what_comfyui_draws_for_this_seed(seed: int) -> None:
-    """As comfy.sample.prepare_noise does."""
+    """What comfy.sample.prepare_noise gives."""
     with torch.random.fork_rng():
         gen = torch.manual_seed(seed)
         latent = torch.randn([3, 4, 8, 8], dtype=torch.float32, generator=gen, device="cpu")
@@ -248,7 +248,7 @@ def test_a_pair_is_the_same_whatever_it_is_made_together_with(
 def test_pairs_are_made_by_any_sampler_that_is_told_the_rows_and_the_first_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In shards of 4, the last of 2, and batches of 3."""
+    """Shards of 4, the last of 2, and batches of 3."""
     monkeypatch.setattr("dmd_train.data.pairs.BYTES", 1)
     batches = []
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit.command_line import Command, WriteRun
 from kit.tiny import InMemory
 from safetensors.torch import save_file
 from torch import Tensor
@@ -177,7 +178,7 @@ def test_a_shard_of_pairs_is_small_enough_to_lose(shape: tuple[int, int, int], p
 
 
 def test_a_run_makes_a_cut_shard_of_its_pairs_again_and_goes_on(
-    tmp_path: Path, dmd: Callable, write_run: Callable[..., Path]
+    tmp_path: Path, dmd: Command, write_run: WriteRun
 ) -> None:
     run_yaml, folder = write_run(tmp_path, pairs=600, steps=20), tmp_path / "run/pairs"
     assert dmd("pairs", run_yaml).code == 0
@@ -193,7 +194,7 @@ def test_a_run_makes_a_cut_shard_of_its_pairs_again_and_goes_on(
 
 
 def test_pairs_of_a_run_whose_teacher_was_replaced_are_refused(
-    tmp_path: Path, dmd: Callable, write_run: Callable[..., Path]
+    tmp_path: Path, dmd: Command, write_run: WriteRun
 ) -> None:
     """Another file under the same name: run.yaml alone does not tell."""
     teacher = tmp_path / "teacher.safetensors"

@@ -208,7 +208,7 @@ class NoLayers:
 
 
 class SmallDevice:
-    """From here on, the device has a MiB, until it is asked once."""
+    """A MODEL after which the device has one MiB, until it is asked once."""
 
     CATEGORY = "probe"
     RETURN_TYPES = ("MODEL",)
