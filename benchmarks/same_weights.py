@@ -7,7 +7,7 @@ doors alone: `python -m dmd_train train`, and DMD Distill in a ComfyUI server. W
 (tiny checkpoints of random weights, prompts, run.yaml) is made once, by the tree of this file.
 Compared are all tensors and the metadata (which may have grown) of student.safetensors and of the
 last checkpoint, which holds parameters, moving average and the optimisers' state. Two of the runs
-are also begun at FIRST, stopped, and continued at LAST; they must end as the whole run at LAST does.
+are also begun at FIRST, stopped, and continued at LAST; they must end as the whole one at LAST.
 Exit status 1 where anything differs.
 """
 
