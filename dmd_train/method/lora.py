@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def _delta(down: Tensor, up: Tensor, alpha: Tensor | None) -> Tensor | None:
         return None
     if not all(value.is_floating_point() for value in (down, up)):
         return None
-    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not alpha.isfinite()):
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not isfinite(alpha)):
         return None
     scale = 1.0 if alpha is None else float(alpha) / len(down)
     return scale * (up.float().flatten(1) @ down.float().flatten(1))
