@@ -760,6 +760,7 @@ def _pickle(tensors: Weights, random: Random, folder: Path) -> Attempt:
             {"a": Bomb()},
             {"state_dict": tensors, "x": Touch()},
             {"state_dict": _damage(random, tensors)},
+            {"state_dict": tensors},
             {"state_dict": {"state_dict": tensors}},
             {"param_groups": [], "state": {}},
             {CONTROL: 1},
