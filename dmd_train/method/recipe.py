@@ -15,7 +15,7 @@ NOT_FALLING = "not_falling"
 LICENSE = 50_000
 """Characters of a licence: the longest in use has 35,000."""
 
-SIZES = range(64, 8193)
+SIZES = range(8, 8193)
 """Pixels a side that a file may say it draws."""
 
 

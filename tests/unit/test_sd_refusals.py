@@ -67,7 +67,7 @@ def test_a_student_is_refused_as_a_teacher(
         (b"\n  \n\n", ["holds no prompts", "Write one a line, or leave `prompts` out"]),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", ["not a text file", "Write one prompt a line"]),
         (b"a\0b", ["not a text file", "Write one prompt a line"]),
-        (None, ["No such file or directory", "Write one prompt a line"]),
+        (None, ["no such file", "Write one prompt a line"]),
     ],
 )
 def test_a_file_without_prompts_is_refused(
