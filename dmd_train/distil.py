@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import out_of_memory
 from .method.processes import whole
 from .prepare import Ready
-from .run.folder import Checkpoint, made_from
+from .run.folder import Checkpoint, student_marks
 from .run.journal import Journal
 from .run.pixels import save_picture
 from .run.student import write_student
@@ -68,7 +68,7 @@ def distil(ready: Ready) -> Generator[StepReport]:
         with state.ema.swapped_in():
             tensors = {key: whole(value) for key, value in student.file_tensors().items()}
             if processes.is_main:
-                said = made_from(run.checkpoints, step)
+                said = student_marks(run.checkpoints, step)
                 write_student(run.student, student, state.recipe, tensors, said)
         journal.trackers.close()
         processes.wait()

@@ -28,7 +28,7 @@ from .model_recipe import family_of
 from .progress import say
 from .prompts import encode
 from .run import bring_to_its_end
-from .run_folders import name_of, run_folders, run_path
+from .run_folders import run_folders, run_name, run_path
 from .teacher_pairs import TeacherPairs
 from .widgets import LORA_MODEL, LOSS_MAP, PAIRS
 from .wired import Wired, wired_file
@@ -332,7 +332,7 @@ def _config(values: dict[str, Any], name: str, wired: Wired) -> Config:
         config = config.model_copy(update={"regression_weight": WIRED_PAIRS})
     config = config.model_copy(update=wired.names(config))
     if not name:
-        named = name_of(config, wired.conditions_name)
+        named = run_name(config, wired.conditions_name)
         config = config.model_copy(update={"output": run_path(named)})
         config = config.model_copy(update=wired.names(config))  # prompts lie in the folder
     return config

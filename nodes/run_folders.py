@@ -47,7 +47,7 @@ def run_folders() -> dict[str, Path]:
     return {name: found[name] for name in reversed(by_age)}
 
 
-def name_of(config: Config, conditions_name: str) -> str:
+def run_name(config: Config, conditions_name: str) -> str:
     """A run's name where nobody gave one: the same for the same run, and for no other."""
     learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
     digest = hashlib.sha256(yaml.safe_dump([learned, conditions_name]).encode()).hexdigest()

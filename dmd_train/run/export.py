@@ -14,7 +14,7 @@ from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
 from ..networks.loaded import one_step_recipe
-from .folder import made_from, newest_checkpoint, require_teacher
+from .folder import newest_checkpoint, require_teacher, student_marks
 from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
@@ -101,7 +101,7 @@ def export(
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
     recipe = one_step_recipe(loaded, config)
-    said = made_from(run / "checkpoints", newest.step)
+    said = student_marks(run / "checkpoints", newest.step)
     write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
     return path
 

@@ -128,7 +128,7 @@ def newest_checkpoint(folder: Path, notes: list[str] | None = None) -> Checkpoin
     return None
 
 
-def made_from(folder: Path, step: int) -> dict[str, str]:
+def student_marks(folder: Path, step: int) -> dict[str, str]:
     """What a student says of itself: its step, and the mark of the checkpoint in `folder`.
 
     Raises UserError where that checkpoint is missing or not as long as it should be.
@@ -256,7 +256,7 @@ class RunFolder:
         Where neither says more, as none did before, they are taken to belong together.
         """
         try:
-            last = made_from(self.checkpoints, self.config.steps)
+            last = student_marks(self.checkpoints, self.config.steps)
             _, said = read_safetensors(self.student)
         except UserError:
             return False

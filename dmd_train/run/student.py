@@ -17,16 +17,16 @@ def write_weights(
     network: Network,
     dtype: torch.dtype,
     beside: dict[str, Tensor] | None = None,
-    made_from: dict[str, str] | None = None,
+    marks: dict[str, str] | None = None,
 ) -> None:
     """Weights under their names in a file, with the recipe of `network`'s student. Atomic.
 
-    beside: other weights, which keep their dtype. made_from: what it says of its checkpoint.
+    beside: other weights, which keep their dtype. marks: what it says of its checkpoint.
     """
     channels, height, width = network.shape
     pixels = (channels, network.downscale * height, network.downscale * width)
     metadata = recipe.to_metadata(f"{recipe.teacher}, {recipe.nfe} step", pixels)
-    metadata |= network.file_metadata() | (made_from or {})
+    metadata |= network.file_metadata() | (marks or {})
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     write_safetensors(path, cast | (beside or {}), metadata)
 
@@ -36,8 +36,8 @@ def write_student(
     student: Network,
     recipe: Recipe,
     tensors: dict[str, Tensor] | None = None,
-    made_from: dict[str, str] | None = None,
+    marks: dict[str, str] | None = None,
 ) -> None:
     """The student of a run, over an older one: a LoRA, or the network's weights (`tensors`)."""
     weights, dtype = tensors or student.file_tensors(), student.file_dtype
-    write_weights(path, weights, recipe, student, dtype, made_from=made_from)
+    write_weights(path, weights, recipe, student, dtype, marks=marks)
