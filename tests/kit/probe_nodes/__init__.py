@@ -153,7 +153,10 @@ class StepNoise:
 
 
 class Watch:
-    """A MODEL that counts the calls of its network under a name, and takes a while over each."""
+    """A MODEL that counts the calls of its network under a name, and takes a while over each.
+
+    Over the first, as networks that warm up do, two seconds more.
+    """
 
     CATEGORY = "probe"
     RETURN_TYPES = ("MODEL",)
@@ -173,7 +176,7 @@ class Watch:
     def watch(self, model: Any, name: str, seconds: float) -> tuple[Any]:
         def call(network: Any, arguments: dict[str, Any]) -> torch.Tensor:
             self.CALLS[name] = self.CALLS.get(name, 0) + 1
-            time.sleep(seconds)
+            time.sleep(seconds + 2 * (self.CALLS[name] == 1) * bool(seconds))
             return network(arguments["input"], arguments["timestep"], **arguments["c"])
 
         watched = model.clone()
