@@ -279,7 +279,7 @@ def digits(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Train the digits teacher from scratch. The same seed gives the same weights."""
-    from ..networks.digits import digits_network, train_digits_teacher
+    from ..networks.digits import digits, digits_network, train_teacher
 
     _require_own(out, NETWORK_KEY)
     torch.set_num_threads(1)
@@ -287,7 +287,7 @@ def digits(
     teacher = digits_network()
     with bar() as progress:
         task = progress.add_task("teacher", total=steps, note="")
-        for step in train_digits_teacher(teacher, steps, seed):
+        for step in train_teacher(teacher, digits(), steps, seed):
             progress.update(task, completed=step)
     save(out, teacher)
     say(str(out))
