@@ -9,19 +9,22 @@ half an hour.
 
 import argparse
 import gzip
+import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from einops import rearrange
-from PIL import Image
-from rich.progress import track
-from torch.nn import functional
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from dmd_train.networks.digits import Labelled, train_teacher
-from dmd_train.networks.edm import EDMNetwork
-from dmd_train.networks.edm_unet import edm_unet
-from dmd_train.networks.load import save
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from einops import rearrange  # noqa: E402
+from PIL import Image  # noqa: E402
+from rich.progress import track  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from dmd_train.networks.digits import Labelled, train_teacher  # noqa: E402
+from dmd_train.networks.edm import EDMNetwork  # noqa: E402
+from dmd_train.networks.edm_unet import edm_unet  # noqa: E402
+from dmd_train.networks.load import save  # noqa: E402
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle-boot")  # fmt: skip
