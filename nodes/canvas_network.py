@@ -30,7 +30,14 @@ from .class_label import LABEL
 from .conditioning import rows_of
 from .edm_model import EDMModel
 from .fingerprint import DIFFUSION_MODEL
-from .latents import downscale_of, preview_colours, require_pictures
+from .latents import (
+    as_latent,
+    as_pictures,
+    decoded,
+    downscale_of,
+    preview_colours,
+    require_pictures,
+)
 from .model_recipe import family_of, native_size
 from .wired import Wired
 
@@ -42,6 +49,9 @@ NEGATIVE = -1
 
 NO_TABLE = (sampling.ModelSamplingDiscreteEDM, sampling.StableCascadeSampling)
 """Discrete schedules by name whose timesteps are no indices."""
+
+EDM_NOISE = (sampling.EDM, sampling.COSMOS_RFLOW)
+"""x_t = x0 + sigma eps, sampled from sigma_max on. Cosmos Predict2's flow is scaled to it."""
 
 FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +77,7 @@ def noise_of(model: ModelPatcher) -> tuple[Noise, Prediction]:
         return Flow(own.shift), "flow"
     if is_flow and isinstance(own, sampling.ModelSamplingFlux):
         return Flow(math.exp(own.shift)), "flow"
-    if isinstance(own, sampling.EDM) and isinstance(own, sampling.ModelSamplingContinuousEDM):
+    if isinstance(own, sampling.ModelSamplingContinuousEDM) and isinstance(own, EDM_NOISE):
         return EDM(float(own.sigma_min), float(own.sigma_max)), "edm"
     is_table = isinstance(own, sampling.ModelSamplingDiscrete) and not isinstance(own, NO_TABLE)
     if is_table and isinstance(own, sampling.EPS) and not isinstance(own, sampling.X0):
@@ -224,7 +234,8 @@ class CanvasNetwork(Network):
         }
         arguments = {"c": conds | {"transformer_options": options}, "cond_or_uncond": [0] * len(x)}
         with autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            return self.call(self.base.apply_model, arguments | {"input": x, "timestep": sigma})
+            given = {"input": as_latent(self.latent_format, x), "timestep": sigma}
+            return as_pictures(self.call(self.base.apply_model, arguments | given))
 
     def _batch(self, rows: list[int], device: torch.device) -> dict[str, Any] | None:
         """What the model makes of these conditions, in one batch; None where they do not join."""
@@ -248,14 +259,15 @@ class CanvasNetwork(Network):
                 raise UserError(
                     "negative: guidance needs one. Wire DMD Prompts' negative, or set guidance: 1."
                 )
-            cpu, shape = torch.device("cpu"), (1, *self.shape)
+            cpu = torch.device("cpu")
+            empty = as_latent(self.latent_format, torch.zeros((1, *self.shape)))
             (told,) = comfy.samplers.encode_model_conds(
                 self.base.extra_conds,
                 comfy.sampler_helpers.convert_cond([entry]),
-                torch.zeros(shape),
+                empty,
                 cpu,
                 "negative" if row == NEGATIVE else "positive",
-                latent_image=torch.zeros(shape),
+                latent_image=empty.clone(),
             )
             self.model_conds[row] = {
                 key: cond.process_cond(batch_size=1, device=cpu, area=None)
@@ -271,9 +283,9 @@ class CanvasNetwork(Network):
         """The VAE's pictures; without one, the latent format's own preview colours."""
         if self.vae is not None:
             with torch.inference_mode():
-                latents = self.latent_format.process_out(x0.float().cpu())
-                pixels: Tensor = self.vae.decode(latents)
-            return pixels.clone().movedim(-1, 1).reshape(len(x0), -1, *pixels.shape[-3:-1]) * 2 - 1
+                latents = as_latent(self.latent_format, x0.float().cpu())
+                images = decoded(self.vae, self.latent_format.process_out(latents))
+            return images.clone()
         colours = preview_colours(self.latent_format, x0)
         return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -72,6 +74,84 @@ class PredictX0:
         save_file(whole, Path(get_output_directory(), f"{Path(name).name}.safetensors"))
         told = [network.family, network.prediction, *map(str, network.shape)]
         return {"ui": {"text": told}}
+
+
+class ApplyModel:
+    """ComfyUI's own estimate of x0 of input/NAME.safetensors (x: one batch; sigma: (B,)).
+
+    As its samplers ask for it, one sample at a time, in the MODEL's axes.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "conditions": ("CONDITIONING",),
+                "name": ("STRING", {"default": ""}),
+            }
+        }
+
+    def apply(self, model: Any, conditions: Any, name: str) -> dict[str, Any]:
+        import comfy.samplers
+        from folder_paths import get_input_directory, get_output_directory
+
+        given = load_file(Path(get_input_directory(), f"{Path(name).name}.safetensors"))
+        found = []
+
+        def look(denoise: Any, _x: Any, _sigmas: Any, extra_args: Any, **_: Any) -> torch.Tensor:
+            for x, sigma in zip(given["x"].split(1), given["sigma"].split(1), strict=True):
+                found.append(denoise(x, sigma, **extra_args))
+            return found[-1]
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditions, conditions)
+        guider.set_cfg(1.0)
+        empty = torch.zeros_like(given["x"][:1])
+        levels = torch.tensor([1.0, 0.0])
+        guider.sample(empty, empty, comfy.samplers.KSAMPLER(look), levels, disable_pbar=True)
+        file = Path(get_output_directory(), f"{Path(name).name}.safetensors")
+        save_file({"x0": torch.cat(found).clone()}, file)
+        return {}
+
+
+class LoadNarrow:
+    """Load Checkpoint, where ComfyUI knows an architecture by its published width alone.
+
+    config: what it then takes for granted, as JSON.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "ckpt_name": ("STRING", {"default": ""}),
+                "config": ("STRING", {"default": "{}"}),
+            }
+        }
+
+    def load(self, ckpt_name: str, config: str) -> tuple[Any, ...]:
+        import comfy.model_detection
+        import comfy.sd
+        from folder_paths import get_full_path_or_raise
+
+        detect = comfy.model_detection.detect_unet_config
+
+        def narrow(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            return detect(*args, **kwargs) | json.loads(config)
+
+        path = get_full_path_or_raise("checkpoints", ckpt_name)
+        with mock.patch.object(comfy.model_detection, "detect_unet_config", narrow):
+            return tuple(comfy.sd.load_checkpoint_guess_config(path)[:3])
 
 
 class Weights:
@@ -236,6 +316,8 @@ NODES = {
     "Probe_SmallDevice": SmallDevice,
     "Probe_Prompts": Prompts,
     "Probe_PredictX0": PredictX0,
+    "Probe_ApplyModel": ApplyModel,
+    "Probe_LoadNarrow": LoadNarrow,
     "Probe_Weights": Weights,
     "Probe_Memory": Memory,
     "Probe_OutOfMemory": OutOfMemory,
