@@ -1,7 +1,7 @@
 """The latents of a MODEL: their size and axes, and their pictures with a VAE and without.
 
-A LATENT of most models is (B, C, H, W), as the engine has it; of those that could have been videos,
-Qwen-Image's among them, it is (B, C, 1, H, W), here and wherever ComfyUI is called.
+A LATENT of most models is (B, C, H, W), as the engine has it. Where the format is one of videos,
+Qwen-Image's too, it is (B, C, 1, H, W), here and wherever ComfyUI is called.
 """
 
 import comfy.model_management

@@ -8,6 +8,7 @@ so that those two need Probe_LoadNarrow. Their VAE is Wan 2.1's, a file of its o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -267,6 +268,8 @@ def vae_residual(name: str, given: int, out: int) -> Shapes:
 ONE_HEAD = json.dumps({"num_attention_heads": 1})
 ONE_HEAD_ONE_BLOCK = json.dumps({"num_heads": 1, "num_blocks": 1})
 WAN = TimeAxis("wan", "WAN21_T2V", Flow(8.0), wan())
-KREA2 = TimeAxis("krea2", "Krea2", Flow(2.718281828459045**1.15), krea2(), is_new=True)
-QWEN = TimeAxis("qwen", "QwenImage", Flow(2.718281828459045**1.15), qwen(), ONE_HEAD)
+OF_A_PICTURE = layer("patch_embedding", WIDTH, 36, 1, 2, 2) | {"img_emb.proj.0.bias": (1280,)}
+WAN_OF_A_PICTURE = TimeAxis("wan_of_a_picture", "WAN21_I2V", Flow(8.0), wan() | OF_A_PICTURE)
+KREA2 = TimeAxis("krea2", "Krea2", Flow(math.exp(1.15)), krea2(), is_new=True)
+QWEN = TimeAxis("qwen", "QwenImage", Flow(math.exp(1.15)), qwen(), ONE_HEAD)
 COSMOS = TimeAxis("cosmos", "CosmosT2IPredict2", EDM(0.002, 80.0), cosmos(), ONE_HEAD_ONE_BLOCK)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -152,6 +153,36 @@ class LoadNarrow:
         path = get_full_path_or_raise("checkpoints", ckpt_name)
         with mock.patch.object(comfy.model_detection, "detect_unet_config", narrow):
             return tuple(comfy.sd.load_checkpoint_guess_config(path)[:3])
+
+
+class PreviewColours:
+    """How many levels of 255 our colours of random latents are from ComfyUI's own previews."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "compare"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"latent_format": ("STRING", {"default": "SD15"})}}
+
+    def compare(self, latent_format: str) -> dict[str, Any]:
+        import comfy.latent_formats
+        from latent_preview import Latent2RGBPreviewer
+
+        kind = getattr(comfy.latent_formats, latent_format)()
+        random = torch.Generator().manual_seed(0)
+        x0 = torch.randn(1, kind.latent_channels, 4, 6, generator=random)
+        latents = pack("nodes.latents")
+        colours = latents.preview_colours(kind, x0)[0]
+        previewer = Latent2RGBPreviewer(
+            kind.latent_rgb_factors, kind.latent_rgb_factors_bias, kind.latent_rgb_factors_reshape
+        )
+        preview = previewer.decode_latent_to_preview(latents.as_latent(kind, x0))
+        ours = (colours + 1) / 2 * 255
+        theirs = torch.from_numpy(np.array(preview)).movedim(-1, 0).float()
+        return {"ui": {"text": [str(float((ours - theirs).abs().max())), str(preview.size)]}}
 
 
 class Weights:
@@ -318,6 +349,7 @@ NODES = {
     "Probe_PredictX0": PredictX0,
     "Probe_ApplyModel": ApplyModel,
     "Probe_LoadNarrow": LoadNarrow,
+    "Probe_PreviewColours": PreviewColours,
     "Probe_Weights": Weights,
     "Probe_Memory": Memory,
     "Probe_OutOfMemory": OutOfMemory,
