@@ -4,46 +4,26 @@
 
 Prints a line for each input that ended in another way, and the counts. The engine is imported once;
 an input then costs a fork. It has a folder of its own beside others that it must leave alone.
-`kit/hostile.py` makes the inputs.
+`kit/hostile/` makes the inputs.
 """
 
 import argparse
 import collections
 import hashlib
 import json
-import os
 import re
-import resource
 import shutil
 import signal
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-SECONDS = 20
-"""Of one processor, that an input may take."""
-PATIENCE = 40
-"""Seconds by the clock, for what hangs without computing: others compute on this machine too."""
-MEMORY = 2 << 30
-"""Bytes in memory, that an input may take; the engine and torch are in them."""
+from kit import hostile
+from kit.attempt import MEMORY, PROOF, SECONDS, Maker, forked
+
 LONGEST = 2000
 """Characters of a line on stderr, paths and all."""
-
-PROOF = "executed"
-"""A file of this name is what hostile code would leave."""
-
-
-@dataclass
-class Attempt:
-    """An input and what it may leave. check: more to ask after a success, None where it is well."""
-
-    arguments: list[str]
-    leaves: tuple[str, ...] = ()
-    check: Callable[[Path], str | None] = field(default=lambda folder: None)
 
 
 class Outcome(NamedTuple):
@@ -58,10 +38,6 @@ class Outcome(NamedTuple):
     arguments: list[str]
 
 
-Maker = Callable[[Random, Path], Attempt]
-"""Puts an input's files into an empty folder."""
-
-
 def tried(kind: str, make: Maker, seed: int, number: int, room: Path) -> Outcome:
     """Input `number` of a kind, in a process of its own. room: an empty folder."""
     here, there = room / "here", room / "there"
@@ -70,55 +46,13 @@ def tried(kind: str, make: Maker, seed: int, number: int, room: Path) -> Outcome
     (there / "thesis.txt").write_text("years of work")
     attempt = make(Random(f"{seed} {kind} {number}"), here)
     before = _contents(room)
-    code, seconds, memory = _forked(attempt.arguments, here)
+    code, seconds, memory = forked(attempt.arguments, here)
     said, out = (_text(room / name) for name in ("stderr", "stdout"))
     after = _contents(room)
     wrong = _wrong(code, seconds, memory, said, out) or _harm(code, before, after, attempt.leaves)
     if wrong is None and code == 0:
         wrong = attempt.check(here)
     return Outcome(kind, number, wrong, code, seconds, said, attempt.arguments)
-
-
-def _forked(arguments: list[str], folder: Path) -> tuple[int, float, int]:
-    """Exit code (negative: of a signal), CPU seconds and peak bytes of `dmd_train arguments`."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        _become(arguments, folder)
-    _, status, usage = os.wait4(child, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
-
-
-def _become(arguments: list[str], folder: Path) -> None:
-    """The command in this process, which ends here."""
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        handle = os.open(folder.parent / name, os.O_CREAT | os.O_WRONLY)
-        os.dup2(handle, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(folder)
-    os.environ["TMPDIR"] = str(folder.parent / "tmp")
-    tempfile.tempdir = None
-    signal.alarm(PATIENCE)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # beyond what is asked, so that this machine lives on; a mapped file counts here, not there
-    own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (own + 3 * MEMORY, own + 3 * MEMORY))
-    code = 1
-    try:
-        sys.argv = ["dmd_train", *arguments]
-        from dmd_train.terminal.commands import main
-
-        main(arguments)
-        code = 0
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _wrong(code: int, seconds: float, memory: int, said: str, out: str) -> str | None:
@@ -179,8 +113,6 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="this number alone; its folder is kept")
     parser.add_argument("--out", type=Path, help="a line of JSON for each outcome")
     arguments = parser.parse_args()
-    from kit import hostile
-
     with tempfile.TemporaryDirectory() as name:
         makers = hostile.makers(Path(name) / "models")
         kinds = arguments.kinds or list(makers)
