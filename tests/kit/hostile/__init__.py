@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from kit.adm import adm_state
-from kit.attempt import Maker
+from kit.command_attempt import Maker
 from kit.hostile.command_line import STUDENT, options, prompts, special
 from kit.hostile.folders import decoder, pipeline_folder
 from kit.hostile.pickles import any_pickle

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from kit.attempt import Attempt
+from kit.command_attempt import Attempt
 from kit.hostile.settings import sd_run, write_settings
 from kit.hostile.values import HOLLOW, strange
 from kit.hostile.weights import Weights, damage, save_anyhow

@@ -10,9 +10,10 @@ from random import Random
 from typing import Any
 
 import torch
-from kit.attempt import PROOF, Attempt
+from kit.command_attempt import Attempt
 from kit.hostile.values import CONTROL
 from kit.hostile.weights import DTYPES, Weights, damage, given
+from kit.outcome import PROOF
 
 
 class Bomb:

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from kit.attempt import Attempt, forked
+from kit.command_attempt import Attempt, forked
 from kit.hostile.settings import RUN, write_settings
 from kit.hostile.values import CONTROL, HOLLOW
 from kit.hostile.weights import damage, save_anyhow

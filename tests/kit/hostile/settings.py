@@ -5,7 +5,7 @@ from random import Random
 from typing import Any
 
 import yaml
-from kit.attempt import Attempt
+from kit.command_attempt import Attempt
 from kit.hostile.values import CONTROL, plain, strange
 
 RUN = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from kit.attempt import Attempt
+from kit.command_attempt import Attempt
 from kit.hostile.settings import RUN, write_settings
 from kit.hostile.values import CONTROL, strange
 from safetensors.torch import save, save_file
