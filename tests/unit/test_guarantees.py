@@ -299,6 +299,17 @@ def test_what_a_kill_left_in_a_folder_is_swept_by_its_next_writer_alone(tmp_path
         assert half.exists()
 
 
+def test_a_finished_run_that_was_killed_before_its_curves_gets_them_when_it_is_opened(
+    whole: Path, dmd: Command, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    for rows in ((run / "metrics.jsonl").read_text(), ""):  # none: somebody deleted them
+        (run / "metrics.jsonl").write_text(rows)
+        (run / "curves.png").unlink(missing_ok=True)
+        assert dmd("train", run / "run.yaml", "--set", f"output={run}").code == 0
+        assert (run / "curves.png").exists() == bool(rows)
+
+
 def test_a_file_that_is_being_exported_is_not_swept_and_one_that_a_kill_left_is(
     config: Config,
 ) -> None:
