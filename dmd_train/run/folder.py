@@ -26,6 +26,7 @@ from ..files.write import (
     write_safetensors,
     write_text,
 )
+from ..presets import FORMER, PRESETS
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it should the newest be damaged."""
@@ -206,7 +207,7 @@ class RunFolder:
         try:
             self._sweep()
             if run_yaml.exists():
-                self._check_same(run_yaml)
+                self._go_on_as_begun(run_yaml)
             write_text(run_yaml, dump_config(self.config))
         except BaseException:
             self._lock.release()
@@ -226,15 +227,28 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.samples, self.pairs, self.text):
             sweep(folder)
 
-    def _check_same(self, run_yaml: Path) -> None:
+    def _go_on_as_begun(self, run_yaml: Path) -> None:
+        """Take what the preset said when the run was begun in the place of what it says now.
+
+        Raises UserError for any other difference.
+        """
         begun = load_config(run_yaml, []).model_dump(mode="json")
         now = self.config.model_dump(mode="json")
+        says, said = PRESETS[self.config.preset].settings, FORMER.get(self.config.preset, {})
+        kept = {}
         for key in sorted(now.keys() - FREE_TO_CHANGE):
-            if begun[key] != now[key]:
+            if begun[key] == now[key]:
+                continue
+            if (begun[key], now[key]) != (said.get(key), says.get(key)):
                 raise UserError(
                     f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
                     "Set it back, or choose another folder for the run."
                 )
+            kept[key] = begun[key]
+        if kept:
+            self.config = self.config.model_copy(update=kept)
+            as_begun = ", ".join(f"{key}: {value}" for key, value in kept.items())
+            self.notes.append(f"{self.config.preset} had other settings then, kept: {as_begun}")
 
     @property
     def checkpoints(self) -> Path:
