@@ -34,9 +34,9 @@ PICTURES = {
 """Workflow -> sizes of the pictures it writes, when it draws 64 x 64 pixels."""
 LEARNED = {
     "distil-flow-model": "any-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
-    "distil-sd15-lora": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
-    "distil-sdxl-lora": "sdxl-one-step-lora, step 2 of 2: 1 step at t = 399, cfg 1.",
-    "distil-your-look": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
+    "distil-sd15-lora": "sd15-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
+    "distil-sdxl-lora": "sdxl-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
+    "distil-your-look": "sd15-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
 }
 """Workflow -> what its DMD Distill must say at the end; distil-digits is in test_training.py."""
 
