@@ -119,6 +119,10 @@ SERIES: dict[str, Series] = {
         [{T: 399}, STOCK, {T: 999}, STOCK | FEW, STOCK | FEW | CALM, STOCK | CALM],
         (0,),
     ),
+    "coloured again": Series(
+        "C", [STOCK | FEW, STOCK | FEW | CALM], (1,)
+    ),
+    "loss": Series("M", [STOCK | FEW, STOCK | FEW | {"regression_loss": "pseudo-huber"}], (0,)),
     "guidance": Series(
         "M",
         [{"guidance": g} | row for g in (3.0, 7.5) for row in (STOCK | FEW, STOCK, {T: 399})],
@@ -158,7 +162,6 @@ SERIES: dict[str, Series] = {
         (0,),
     ),
     "many pairs": Series("M", [STOCK | FEW | more | {"pairs": 1024} for more in ({}, ALONE)], (0,)),
-    "coloured again": Series("C", [{T: 399}, STOCK, STOCK | FEW, STOCK | FEW | CALM], (1,)),
 }
 
 

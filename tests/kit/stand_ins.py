@@ -49,6 +49,7 @@ def put_files(models: Path) -> None:
         ("dmd2_sdxl_4step_lora_fp16", SDXL, 0),
         ("my-style", SD15, 1),
         ("my-character", SD15, 2),
+        ("student-lora", SD15, 3),
     ]:
         lora = kohya(lora_of(as_diffusers_unet(checkpoints / base), rank=2, seed=seed), alpha=8.0)
         save_file(lora, loras / f"{name}.safetensors")
