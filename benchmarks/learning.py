@@ -45,6 +45,8 @@ COMMON: Row = {
     "ema_decay": 0.95,
     "guidance": 1.5,
     "conditioning_timestep": 399,
+    "input_noise": "unit",
+    "beta1": 0.9,
     "regression_weight": 0.0,
     "regression_warmup_steps": 0,
     "regression_loss": "mse",
@@ -64,7 +66,7 @@ BASES: dict[str, Row] = {
     | {"critic_updates": 2},
 }
 
-STOCK: Row = {"conditioning_timestep": 499, "noise": "sigma"}
+STOCK: Row = {"conditioning_timestep": 499, "input_noise": "sigma"}
 """What a stock KSampler draws exactly."""
 
 FEW: Row = {"regression_weight": 2.0}
@@ -96,7 +98,7 @@ class Series:
     seeds: tuple[int, ...] = (0, 1)
 
 
-T, NOISE = "conditioning_timestep", "noise"
+T, NOISE = "conditioning_timestep", "input_noise"
 ALONE: Row = {"regression_warmup_steps": 10**6}
 """The whole run on pairs alone."""
 
@@ -119,9 +121,7 @@ SERIES: dict[str, Series] = {
         [{T: 399}, STOCK, {T: 999}, STOCK | FEW, STOCK | FEW | CALM, STOCK | CALM],
         (0,),
     ),
-    "coloured again": Series(
-        "C", [STOCK | FEW, STOCK | FEW | CALM], (1,)
-    ),
+    "coloured again": Series("C", [STOCK | FEW, STOCK | FEW | CALM], (1,)),
     "loss": Series("M", [STOCK | FEW, STOCK | FEW | {"regression_loss": "pseudo-huber"}], (0,)),
     "guidance": Series(
         "M",
@@ -165,22 +165,6 @@ SERIES: dict[str, Series] = {
 }
 
 
-def set_noise(ready: Ready, scale: str) -> None:
-    """The student's input is sigma_t z, as a teacher's at t nearly is, in place of z."""
-    assert scale == "sigma"
-    state = ready.state
-    t = torch.tensor(state.recipe.timesteps[:1])
-    sigma = float(state.roles.teacher.network.noise.sigma(t))
-    state.recipe = state.recipe.model_copy(update={"noise_scale": sigma})
-
-
-def set_beta1(ready: Ready, beta1: float) -> None:
-    """Adam's, of student and critic."""
-    for learner in (ready.state.student, ready.state.critic):
-        for group in learner.optimizer.param_groups:
-            group["betas"] = (beta1, 0.999)
-
-
 def set_matching_guidance(ready: Ready, guidance: float) -> None:
     """Of the teacher in matching; pairs and what is measured keep the target's."""
     ready.state.distribution_matching.guidance = guidance
@@ -217,8 +201,6 @@ def set_towards_student(ready: Ready, share: float) -> None:
 
 
 CHANGES: dict[str, Callable[[Ready, Any], None]] = {
-    "noise": set_noise,
-    "beta1": set_beta1,
     "matching_guidance": set_matching_guidance,
     "critic_rate": set_critic_rate,
     "head_start": set_head_start,

@@ -1,8 +1,9 @@
 """What the presets say learns: their timestep, noise and pairs, on digits that take seconds.
 
-Bars have room over what was measured, which is beside them; docs/findings/what-learns.md has more.
+docs/findings/what-learns.md has longer runs, seeds, and a teacher that is told prompts.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,13 @@ SHORT: dict[str, Any] = {
     "checkpoint_every": 10**9,
     "sample_every": 10**9,
 }
-"""The size of a run. What is learned from, at which timestep and from which noise, is the preset's."""
+"""The size of a run. Timestep, noise, beta1, and how long the pairs count are the preset's own."""
 
-PRESETS_HERE = {
-    name: preset
-    for name, preset in PRESETS.items()
-    if name not in ("digits-one-step", "sd15-paper", "sd15-dmd2")
-}
-"""Those for small batches; the embedded digits have `make demo`."""
+FOR_SMALL_BATCHES = PRESETS.keys() - {"sd15-paper", "sd15-dmd2", "digits-one-step"}
+"""The embedded digits have `make demo`."""
+
+NEARER = 0.6
+"""Last over first distance. Measured: 0.38 of a LoRA, 0.44 in full; at 999, 1.16."""
 
 
 @pytest.fixture(scope="module")
@@ -57,35 +57,41 @@ def flow() -> Testbed:
     return testbed_m(steps=TEACHER_STEPS, noise=Flow())
 
 
-def learn(bed: Testbed, preset: str, folder: Path, **settings: Any) -> Learned:
+@pytest.fixture(scope="module")
+def known() -> dict[str, Learned]:
+    """What was learned, by what it was told: presets that say the same are one run."""
+    return {}
+
+
+def learn(
+    bed: Testbed, known: dict[str, Learned], preset: str, folder: Path, **settings: Any
+) -> Learned:
     if families := families_of(preset):
         bed.network.family = families[0]
-    own = {"teacher": "M", "preset": preset, "output": str(folder / "run")}
-    if bed.sampler == "euler":
-        own["pair_sampler"] = "euler"
-    learned = bed.distil(make_config(SHORT | own | settings, "a test"))
-    print(f"{preset} {settings}: {learned}", file=sys.stderr)
-    return learned
+    whole = PRESETS[preset].settings
+    warm_up = SHORT["steps"] * whole.get("regression_warmup_steps", 0) // whole["steps"]
+    own = SHORT | {"pair_sampler": bed.sampler, "regression_warmup_steps": warm_up} | settings
+    told = json.dumps(whole | own, sort_keys=True)
+    if told not in known:
+        run = own | {"teacher": "M", "preset": preset, "output": str(folder / "run")}
+        known[told] = bed.distil(make_config(run, "a test"))
+    print(f"{preset} {settings}: {known[told]}", file=sys.stderr)
+    return known[told]
 
 
-@pytest.mark.parametrize("preset", PRESETS_HERE)
-def test_a_presets_own_timestep_noise_and_pairs_learn_in_eighty_steps(
-    preset: str, eps: Testbed, flow: Testbed, tmp_path: Path
+@pytest.mark.parametrize("preset", sorted(FOR_SMALL_BATCHES))
+def test_eighty_steps_of_a_preset_bring_its_student_nearer_and_leave_it_diverse(
+    preset: str, eps: Testbed, flow: Testbed, known: dict[str, Learned], tmp_path: Path
 ) -> None:
     bed = eps if families_of(preset) else flow
-    learned = learn(bed, preset, tmp_path)
-    assert learned.last.distance < 0.5 * learned.first.distance
+    learned = learn(bed, known, preset, tmp_path)
+    assert learned.last.distance < NEARER * learned.first.distance
+    assert 0.5 < learned.last.diversity < 1.1
 
 
-def test_the_same_at_999_learns_nothing(eps: Testbed, tmp_path: Path) -> None:
+def test_at_999_the_bar_is_not_reached(
+    eps: Testbed, known: dict[str, Learned], tmp_path: Path
+) -> None:
     last = {"conditioning_timestep": 999, "input_noise": "unit"}
-    learned = learn(eps, "sd15-one-step-lora", tmp_path, **last)
-    assert learned.last.distance > 0.8 * learned.first.distance
-
-
-def test_matching_adds_to_few_pairs(eps: Testbed, tmp_path: Path) -> None:
-    both = learn(eps, "sd15-one-step-lora", tmp_path / "both")
-    alone = learn(
-        eps, "sd15-one-step-lora", tmp_path / "alone", regression_warmup_steps=SHORT["steps"]
-    )
-    assert both.last.distance < alone.last.distance
+    learned = learn(eps, known, "sd15-one-step-lora", tmp_path, **last)
+    assert learned.last.distance > NEARER * learned.first.distance
