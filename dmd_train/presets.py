@@ -74,7 +74,7 @@ SD_FULL = {
 
 STOCK = {
     "conditioning_timestep": Choice(499, f"{MEASURED}; at 999 small batches learn little"),
-    "input_noise": Choice("sigma", f"{MEASURED}; exact in a stock KSampler"),
+    "input_noise": Choice("sigma", f"{MEASURED}; exact in a stock ComfyUI"),
 }
 
 FEW_PAIRS = {

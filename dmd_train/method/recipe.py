@@ -22,7 +22,7 @@ SIZES = range(8, 8193)
 
 
 class StockSettings(NamedTuple):
-    """Widgets of ComfyUI's KSampler, beside cfg 1 and an empty latent. denoise: of two decimals."""
+    """Of ComfyUI's own sampler, beside cfg 1 and an empty latent. denoise: of two decimals."""
 
     steps: int
     denoise: float
@@ -76,7 +76,7 @@ class Recipe(BaseModel):
 
     @property
     def stock(self) -> "StockSettings | None":
-        """Those of the stock KSampler that draw it without any node of ours; None: none do.
+        """Those by which ComfyUI's own sampler draws it, without ours; None: it does not.
 
         Its scheduler "simple" with N steps takes every N-th timestep of the model's 1000, and at
         denoise n/N the last n of them. At denoise 1 it starts from N(0, I), else from sigma_t z.
@@ -100,7 +100,7 @@ class Recipe(BaseModel):
         """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
         hint = f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1"
         if self.stock:
-            hint += f"; stock KSampler: {self.stock}"
+            hint += f"; in a stock ComfyUI {self.stock}"
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": self.family,

@@ -166,7 +166,7 @@ def export_(
     say(f"{path}: put it into {FOLDERS[form]}")
     recipe = read_recipe(peek(path)[1], str(path))
     if recipe and recipe.stock:
-        say(f"In ComfyUI a stock KSampler draws it: {recipe.stock}")
+        say(f"A stock ComfyUI draws it: {recipe.stock}, an empty latent")
 
 
 @app.command("verify")

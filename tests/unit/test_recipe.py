@@ -174,7 +174,7 @@ def test_a_recipe_knows_the_stock_settings_that_draw_it(
     own = recipe(prediction="eps", timesteps=timesteps, noise_scale=noise_scale)
     assert own.stock == settings
     hint = own.to_metadata("a title", (3, 8, 16))["modelspec.usage_hint"]
-    assert hint.endswith("cfg 1" if settings is None else f"; stock KSampler: {settings}")
+    assert hint.endswith("cfg 1" if settings is None else f"; in a stock ComfyUI {settings}")
 
 
 def test_a_class_conditional_recipe_needs_a_node_and_a_flows_does_not() -> None:
