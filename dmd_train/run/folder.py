@@ -27,6 +27,7 @@ from ..files.write import (
     write_safetensors,
     write_text,
 )
+from ..presets import FORMER, PRESETS
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it should the newest be damaged."""
@@ -224,7 +225,7 @@ class RunFolder:
         try:
             self._sweep()
             if run_yaml.exists():
-                self._check_same(run_yaml)
+                self._go_on_as_begun(run_yaml)
             write_text(run_yaml, dump_config(self.config))
         except BaseException:
             self._lock.release()
@@ -246,16 +247,28 @@ class RunFolder:
         with suppress(Timeout), exporting(self.path).acquire(timeout=0):
             sweep(self.path)
 
-    def _check_same(self, run_yaml: Path) -> None:
-        """Raises UserError for settings that neither run.yaml nor the newest checkpoint has."""
+    def _go_on_as_begun(self, run_yaml: Path) -> None:
+        """Take what the preset said when the run was begun in the place of what it says now.
+
+        Raises UserError for any other difference from run.yaml or the newest checkpoint.
+        """
         now = _learned_by(self.config)
         begun = _learned_by(load_config(run_yaml, [])) | self._said_of_settings()
+        says, said = PRESETS[self.config.preset].settings, FORMER.get(self.config.preset, {})
+        kept = {}
         for key in sorted(now):
-            if begun[key] != now[key]:
+            if begun[key] == now[key]:
+                continue
+            if (begun[key], now[key]) != (said.get(key), says.get(key)):
                 raise UserError(
                     f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
                     "Set it back, or choose another folder for the run."
                 )
+            kept[key] = begun[key]
+        if kept:
+            self.config = self.config.model_copy(update=kept)
+            as_begun = ", ".join(f"{key}: {value}" for key, value in kept.items())
+            self.notes.append(f"{self.config.preset} had other settings then, kept: {as_begun}")
 
     def _said_of_settings(self) -> dict[str, Any]:
         """What the newest checkpoint that says so was made with: its run.yaml may be edited."""

@@ -25,7 +25,7 @@ from ..files.read import peek
 from ..files.write import write_atomically, write_latent
 from ..method.network import NETWORK_KEY, Condition
 from ..method.processes import Processes
-from ..method.recipe import RECIPE_KEY
+from ..method.recipe import RECIPE_KEY, read_recipe
 from ..method.sample import draw, step_noise
 from ..networks.load import load, load_teacher, save
 from ..networks.loaded import Loaded
@@ -126,11 +126,11 @@ def pairs(
     config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
-        require_possible(config, loaded)
+        require_possible(run.config, loaded)
         with told(stop) as tell:
             conditions = carried_out(make_conditions(run, loaded, processes), tell)
             carried_out(make_run_pairs(run, loaded, conditions, processes), tell)
-        say(f"{run.pairs}: {config.pairs} pairs")
+        say(f"{run.pairs}: {run.config.pairs} pairs")
 
 
 @app.command()
@@ -174,6 +174,9 @@ def export_(
     for note in notes:
         say(note)
     say(f"{path}: put it into {FOLDERS[form]}")
+    recipe = read_recipe(peek(path)[1], str(path))
+    if recipe and recipe.stock:
+        say(f"A stock ComfyUI draws it: {recipe.stock}, an empty latent")
 
 
 @app.command("verify")

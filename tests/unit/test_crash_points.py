@@ -157,7 +157,7 @@ def test_an_export_cut_off_at_any_of_its_file_operations_is_whole_or_as_before(
     (tmp_path / "prompts.txt").write_text("a red fox\n")
     teacher = micro_pipeline(tmp_path / "teacher", "sd1")
     told = {"preset": "sd15-one-step-lora", "prompts": str(tmp_path / "prompts.txt")}
-    small = {"device": "cpu", "batch_size": 1, "pairs": 2, "pair_batch_size": 1}
+    small = {"device": "cpu", "batch_size": 1, "regression_weight": 0.0}
     config = config_of(tmp_path, teacher=str(teacher), **told, **small)
 
     def work() -> None:
