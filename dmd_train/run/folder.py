@@ -171,6 +171,16 @@ class RunFolder:
         return self.path / "text"
 
     @property
+    def images(self) -> Path:
+        """The real images, encoded."""
+        return self.path / "images"
+
+    @property
+    def captions(self) -> Path:
+        """What is said of them, encoded."""
+        return self.path / "captions"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -223,7 +233,8 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Drop the temporary files of a killed run: as large as what they were to become."""
-        for folder in (self.path, self.checkpoints, self.samples, self.pairs, self.text):
+        made = (self.pairs, self.text, self.images, self.captions)
+        for folder in (self.path, self.checkpoints, self.samples, *made):
             sweep(folder)
 
     def _check_same(self, run_yaml: Path) -> None:

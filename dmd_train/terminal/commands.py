@@ -296,7 +296,7 @@ def digits(
 def _settings(run_yaml: Path, overrides: list[str] | None) -> Config:
     """The settings of a run. Raises UserError where the run would be written over this file."""
     config = load_config(run_yaml, overrides or [])
-    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text"))
+    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text", "images"))
     is_its_own = (config.output / "run.yaml").resolve() == run_yaml.resolve()
     if is_its_own and not any(path.exists() for path in begun):
         raise UserError(
