@@ -111,17 +111,20 @@ def cropped(pixels: Tensor, height: int, width: int) -> Tensor:
 
     Raises UnusablePictureError where it would have to be made larger.
     """
-    from kornia.geometry import center_crop, resize  # seconds, which few commands need
+    from kornia.geometry import resize  # seconds, which few commands need
 
     high, wide = pixels.shape[1:]
-    scale = max(height / high, width / wide)
-    if scale > 1:
+    if high < height or wide < width:
         raise UnusablePictureError(f"{wide}x{high} pixels, fewer than {width}x{height}")
-    if scale < 1:
-        size = (max(height, round(high * scale)), max(width, round(wide * scale)))
-        pixels = resize(pixels[None], size, antialias=True)[0]
-    part: Tensor = center_crop(pixels[None], (height, width))[0]
-    return part.clamp(-1, 1)
+    scale = min(high / height, wide / width)
+    part_high, part_wide = round(scale * height), round(scale * width)
+    top, left = (high - part_high) // 2, (wide - part_wide) // 2
+    # kornia's own crop interpolates, even where nothing is to be moved
+    part = pixels[:, top : top + part_high, left : left + part_wide]
+    if (part_high, part_wide) == (height, width):
+        return part
+    smaller: Tensor = resize(part[None], (height, width), antialias=True)[0]
+    return smaller.clamp(-1, 1)
 
 
 def _pixels(image: Image.Image, channels: int) -> Tensor:
