@@ -245,7 +245,7 @@ def _encoded_captions(
 ) -> Preparation[tuple[Conditions, Tensor]]:
     """The captions, each once, encoded in run.captions, and the row of each picture's."""
     if loaded.text is None:
-        raise UserError("captions: there is no text encoder for them here. Set captions: none.")
+        raise UserError("captions: there is no text encoder for them here. Train in a terminal.")
     each = list(dict.fromkeys(captions))
     for caption in each:
         require_prompt(caption, "captions")

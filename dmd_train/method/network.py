@@ -69,15 +69,14 @@ class Network(ABC):
 
         What comes behind the middle is not computed. Raises UserError where none is known.
         """
-        if not self.middle:
-            raise UserError(f"images: {self.family} networks have no middle that is known here.")
         reached: list[Tensor] = []
         # a spread module keeps account of its calls: none may end early
         may_end = not is_spread(next(self.module.parameters()))
 
         def look(_: nn.Module, __: object, output: Any) -> None:
-            # blocks return what skips them, or the text's tokens, behind the features
-            reached.append(output if isinstance(output, Tensor) else output[0])
+            # blocks may return more: what skips them, or the text's tokens, which are fewer
+            parts = [output] if isinstance(output, Tensor) else output
+            reached.append(max((p for p in parts if isinstance(p, Tensor)), key=Tensor.numel))
             if may_end:
                 raise _ReachedError
 
@@ -87,6 +86,8 @@ class Network(ABC):
                 self.predict_x0(x_t, t, condition)
         finally:
             hook.remove()
+        if not (self.middle and reached):
+            raise UserError(f"images: {self.family} networks have no middle that is known here.")
         return _as_map(reached[0].float())
 
     @abstractmethod
