@@ -1,5 +1,6 @@
 """Pictures of people's own: a folder of files, what is said of each, and its pixels."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Literal, Protocol
@@ -91,7 +92,8 @@ class PictureBatch(Pictures):
 
     def __init__(self, pixels: Tensor, captions: list[str] | None = None) -> None:
         self.pixels, self.captions = pixels, captions
-        self.name = name_of([str(tuple(pixels.shape)), pixels.numpy().tobytes().hex()])
+        content = hashlib.sha256(pixels.contiguous().numpy()).hexdigest()  # type: ignore[arg-type]
+        self.name = f"{tuple(pixels.shape)} {content}"
 
     def __len__(self) -> int:
         return len(self.pixels)
