@@ -152,6 +152,23 @@ class Config(BaseModel):
         None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
     )
 
+    images: Words | None = Field(
+        None,
+        description="a folder of real ones, or 'digits' (scikit-learn's), for the adversarial "
+        "objective; none: without it",
+    )
+    captions: Literal["auto", "txt", "names", "folders", "none"] = Field(
+        "auto",
+        description="of the images: files beside them, their names, their folders' (of classes)",
+    )
+    flip_images: bool = Field(False, description="learn from their mirror images, too")
+    adversarial_weight: float = Field(
+        3e-3, ge=0, le=1e6, description="of the adversarial objective, for the student"
+    )
+    critic_adversarial_weight: float = Field(
+        1e-2, ge=0, le=1e6, description="of the adversarial objective, for the critic"
+    )
+
     checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -166,7 +183,7 @@ class Config(BaseModel):
         wanted = cls.model_fields[field.field_name].annotation
         if isinstance(value, bool) and wanted in (int, float):
             raise ValueError("should be a number")
-        if value == "" and field.field_name in ("teacher", "output", "decoder"):
+        if value == "" and field.field_name in ("teacher", "output", "decoder", "images"):
             raise ValueError("is empty. Name a file or a folder")
         return value
 

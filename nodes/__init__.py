@@ -8,6 +8,7 @@ from .distil import DMDContinueRun, DMDDistill
 from .load import LoadDMDCheckpoint, LoadDMDLoRA
 from .model_files import register_students
 from .prompts import DMDPrompts
+from .real_images import DMDRealImages
 from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
 from .save_student import DMDSaveStudent
 from .teacher_pairs import DMDTeacherPairs
@@ -28,6 +29,7 @@ class DMDOneStep(ComfyExtension):
             DMDSaveStudent,
             DMDPrompts,
             DMDTeacherPairs,
+            DMDRealImages,
             DMDDistill,
             DMDContinueRun,
         ]

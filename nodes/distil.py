@@ -26,15 +26,16 @@ from .model_files import PACK
 from .model_recipe import family_of
 from .progress import say
 from .prompts import encode
+from .real_images import BATCH, RealImages
 from .run import bring_to_its_end
 from .run_folders import run_folders, run_name, run_path
 from .teacher_pairs import TeacherPairs
-from .widgets import LORA_MODEL, LOSS_MAP, PAIRS
+from .widgets import IMAGES, LORA_MODEL, LOSS_MAP, PAIRS
 from .wired import Wired, wired_file
 
 AUTO = "right for the model"
 
-FROM_THE_GRAPH = ("teacher", "prompts", "output", "preset", "device", "seed")
+FROM_THE_GRAPH = ("teacher", "prompts", "images", "output", "preset", "device", "seed")
 """Settings that are wires or widgets of their own."""
 
 WIRED_PAIRS = 0.25
@@ -161,10 +162,16 @@ class DMDDistill(io.ComfyNode):
                     tooltip="From DMD Teacher Pairs, for the regression. Without, a preset that "
                     "needs pairs makes its own.",
                 ),
+                IMAGES.Input(
+                    "images",
+                    optional=True,
+                    tooltip="From DMD Real Images: the student learns to look like them, too.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="For the previews. Without, they have rough colours.",
+                    tooltip="For the previews, and to encode images. Without, previews have rough "
+                    "colours.",
                 ),
             ],
             outputs=_outputs(),
@@ -186,10 +193,11 @@ class DMDDistill(io.ComfyNode):
         negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
+        images: RealImages | None = None,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         file = wired_file(model, cls.hidden.prompt, node_id)
-        wired = Wired(model, conditions, negative, pairs, vae, file)
+        wired = Wired(model, conditions, negative, pairs, vae, file, images)
         widgets = {
             "steps": steps,
             "resolution": resolution,
@@ -233,6 +241,11 @@ class DMDContinueRun(io.ComfyNode):
                 PAIRS.Input(
                     "pairs", optional=True, tooltip="With model: the same pairs, if there were any."
                 ),
+                IMAGES.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Of a run with an IMAGE from the graph: the same one.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -257,6 +270,7 @@ class DMDContinueRun(io.ComfyNode):
         negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
+        images: RealImages | None = None,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         path = run_folders().get(run)
@@ -264,6 +278,10 @@ class DMDContinueRun(io.ComfyNode):
             raise UserError(f"run: there is no '{run}'. Press R to read the folders again.")
         begun = load_config(path / "run.yaml", [])
         config = begun.model_copy(update={"output": path, "device": _device(begun.device)})
+        if str(config.images).startswith(BATCH) and images is None:
+            raise UserError(
+                f"{path}: was begun with an IMAGE. Wire the same one, as DMD Real Images."
+            )
         if not config.teacher.startswith(CANVAS):
             say("loading the teacher", node_id)
             wired = _from_file(config, node_id)
@@ -274,7 +292,7 @@ class DMDContinueRun(io.ComfyNode):
                 "its conditions into this node."
             )
         file = wired_file(model, cls.hidden.prompt, node_id)
-        wired = Wired(model, conditions, negative, pairs, vae, file)
+        wired = Wired(model, conditions, negative, pairs, vae, file, images)
         config = config.model_copy(update=wired.names(config))
         return bring_to_its_end(config, wired, node_id)
 

@@ -100,7 +100,9 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     say("copying the model", node_id)
     network, conditions = engine_network(wired, config)
     pairs = None if wired.pairs is None else _wired_pairs(wired.pairs, network, wired)
-    preparation = prepare(run, _loaded(network, wired), conditions=conditions, pairs=pairs)
+    real = wired.images.for_run(config, network) if wired.images else None
+    loaded = _loaded(network, wired)
+    preparation = prepare(run, loaded, conditions=conditions, pairs=pairs, real=real)
     try:
         with _every_call_may_stop(network.module):
             ready = carried_out(preparation, Preparing(node_id).tell)

@@ -193,6 +193,16 @@ class RunFolder:
         return self.path / "text"
 
     @property
+    def images(self) -> Path:
+        """The real images, encoded."""
+        return self.path / "images"
+
+    @property
+    def captions(self) -> Path:
+        """What is said of them, encoded."""
+        return self.path / "captions"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -242,7 +252,8 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Drop the temporary files of a killed run: as large as what they were to become."""
-        for folder in (self.checkpoints, self.samples, self.pairs, self.text):
+        made = (self.pairs, self.text, self.images, self.captions)
+        for folder in (self.checkpoints, self.samples, *made):
             sweep(folder)
         with suppress(Timeout), exporting(self.path).acquire(timeout=0):
             sweep(self.path)

@@ -317,7 +317,7 @@ def _settings(run_yaml: Path, overrides: list[str] | None) -> Config:
     """The settings of a run. Raises UserError where it would be written over this file, and where
     the file lies in the folder of another run than it names."""
     config = load_config(run_yaml, overrides or [])
-    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text"))
+    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text", "images"))
     is_its_own = (config.output / "run.yaml").resolve() == run_yaml.resolve()
     if is_its_own and not any(path.exists() for path in begun):
         raise UserError(
