@@ -174,6 +174,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def require_there(self) -> None:
         """Raises UserError where the folder was taken away: a write would make half of it anew."""
         if not (self.path / "run.yaml").exists():

@@ -34,6 +34,7 @@ from ..room import require_memory
 from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder
 from ..run.pixels import grid, picture, save_picture
+from ..run.report import write_report
 from ..run.sample_sheet import SampleSheet
 from ..run.verify import verify
 from .bar import STOPPED, StopRequest, bar, console, say, told, watch
@@ -79,6 +80,7 @@ def demo(set_: SetOption = None) -> None:
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
+        _say_report(write_report(run))
         say("Next:")
         say(_sample_command(run.student))
 
@@ -100,6 +102,7 @@ def train(
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         again += [part for value in set_ or [] for part in ("--set", value)]
         loaded = _train(run, processes, shlex.join(again))
+        _say_report(run.report)
         say(f"{run.path}: finished. Next:")
         say(_export_command(run) if loaded.text else _sample_command(run.student))
 
@@ -355,9 +358,14 @@ def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
         raise typer.Exit(STOPPED if stopped else 0)
     save_curves(run.path / "curves.png", run.read_metrics())
     if stopped:
+        _say_report(run.report)
         say(f"{run.path}: stopped and saved. Go on with: {again}")
         stop.exit()
     return loaded
+
+
+def _say_report(report: Path) -> None:
+    say(f"{report}: open it in a browser")
 
 
 def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
