@@ -274,7 +274,7 @@ export class Panel {
       Settings: make("div", {}, this.numbers, this.settings),
     }
     this.element = make("div", { className: `dmd-panel ${compact ? "dmd-compact" : ""}` })
-    if (compact) this.element.append(...this.tabs(parts))
+    if (compact) this.element.append(...this.tabs(parts), this.progress)
     else {
       const part = (name, ...elements) => make("section", {}, make("h2", {}, name), ...elements)
       const left = [part("Pictures", parts.Pictures), part("Numbers", this.numbers)]

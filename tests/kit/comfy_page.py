@@ -182,7 +182,9 @@ class ComfyPage:
                 window.previews = {}
                 if (told) return
                 const { api } = window.app
-                api.addEventListener("progress_text", ({ detail }) => window.told.push(detail.text))
+                api.addEventListener("dmd-one-step.said", ({ detail }) => {
+                    if (detail.text) window.told.push(detail.text)
+                })
                 api.addEventListener("b_preview_with_metadata", ({ detail }) => {
                     window.previews[detail.nodeId] = (window.previews[detail.nodeId] ?? 0) + 1
                 })

@@ -1,0 +1,103 @@
+// The panel of a run on DMD Distill and DMD Continue Run: the same that report.html shows.
+// It asks the server for the run by its name, at most once a second and only while it is seen, so that
+// it shows a run that goes on elsewhere, too.
+
+import { app } from "../../scripts/app.js"
+import { Panel, progress } from "./panel/panel.js"
+import uPlot from "./panel/uplot/uPlot.esm.js"
+import { listen, recall } from "./said.js"
+
+const OF_A_RUN = ["DMD_Distill", "DMD_ContinueRun"]
+const NAME = "dmd_panel"
+const HEIGHT = 210 // at least, in pixels: a sheet of three rows below its slider
+const SECOND = 1000
+const SELDOM = 5 // seconds between two looks at a run that does not change
+
+const panels = new WeakMap() // node -> its RunPanel
+
+class RunPanel {
+  constructor(node) {
+    this.node = node
+    this.box = document.createElement("div")
+    this.box.style.cssText = "height: 100%"
+    this.panel = new Panel(this.box, uPlot, { compact: true })
+    // a drag on a chart zooms it; it moves no node
+    this.box.addEventListener("pointerdown", (event) => event.stopPropagation())
+    this.unchanged = 0
+    this.timer = setInterval(() => this.look(), SECOND)
+  }
+
+  /** The run that is shown: the one that the node names, else the one that it said it is at. */
+  get run() {
+    const named = this.node.widgets?.find(({ name }) => name === "run")?.value
+    return String(named || this.said || recall(this.node).run || "")
+  }
+
+  async look() {
+    const { run } = this
+    if (!run || this.asking || document.hidden || !this.box.checkVisibility()) return
+    const isAnother = run !== this.shown
+    if (!isAnother && this.unchanged && ++this.unchanged % SELDOM) return
+    this.asking = true
+    try {
+      const path = `/dmd-one-step/runs/${encodeURIComponent(run)}`
+      const seen = isAnother ? "" : this.version
+      const answer = await app.api.fetchApi(`${path}?seen=${encodeURIComponent(seen)}`)
+      this.unchanged = answer.status === 200 ? 0 : Math.max(1, this.unchanged)
+      if (answer.status !== 200) return
+      const data = await answer.json()
+      for (const picture of data.pictures) {
+        const file = `step-${String(picture.step).padStart(8, "0")}.png`
+        picture.src = app.api.apiURL(`${path}/${file}`)
+      }
+      this.panel.show(data)
+      ;[this.shown, this.version] = [run, data.version]
+      this.box.title = `${data.name}: ${progress(data)}`
+    } catch {
+      this.unchanged = 1 // the server is away: ask again soon
+    } finally {
+      this.asking = false
+    }
+  }
+
+  close() {
+    clearInterval(this.timer)
+    this.panel.close()
+  }
+}
+
+app.registerExtension({
+  name: "dmdonestep.runpanel",
+
+  setup() {
+    for (const file of ["./panel/uplot/uPlot.min.css", "./panel/panel.css"]) {
+      const href = new URL(file, import.meta.url).href
+      document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }))
+    }
+    listen(({ node, run }) => {
+      const panel = panels.get(node)
+      if (!panel) return
+      panel.said = run ?? panel.said
+      panel.unchanged = 0
+    })
+  },
+
+  nodeCreated(node) {
+    if (!OF_A_RUN.includes(node.comfyClass)) return
+    const panel = new RunPanel(node)
+    panels.set(node, panel)
+    const widget = node.addDOMWidget(NAME, NAME, panel.box, {
+      serialize: false,
+      hideOnZoom: false,
+      getValue: () => "",
+      setValue: () => {},
+      getMinHeight: () => HEIGHT,
+    })
+    widget.serialize = false
+    const { onRemoved } = node
+    node.onRemoved = function () {
+      panel.close()
+      onRemoved?.apply(this, arguments)
+    }
+  },
+})
