@@ -19,8 +19,10 @@ class RunPanel {
   constructor(node) {
     this.node = node
     this.box = document.createElement("div")
-    this.box.style.cssText = "height: 100%"
+    // what is in it scrolls: else Nodes 2.0 would make the node as high as all three charts
+    this.box.style.cssText = `position: relative; height: 100%; min-height: ${HEIGHT}px`
     this.panel = new Panel(this.box, uPlot, { compact: true })
+    this.panel.element.hidden = true // until there is a run
     // a drag on a chart zooms it; it moves no node
     this.box.addEventListener("pointerdown", (event) => event.stopPropagation())
     this.unchanged = 0
@@ -41,15 +43,21 @@ class RunPanel {
     this.asking = true
     try {
       const path = `/dmd-one-step/runs/${encodeURIComponent(run)}`
-      const seen = isAnother ? "" : this.version
+      const seen = isAnother ? "" : (this.version ?? "")
       const answer = await app.api.fetchApi(`${path}?seen=${encodeURIComponent(seen)}`)
-      this.unchanged = answer.status === 200 ? 0 : Math.max(1, this.unchanged)
-      if (answer.status !== 200) return
+      if (answer.status !== 200) {
+        this.unchanged ||= 1
+        if (isAnother) this.panel.element.hidden = true // it is not there, or not yet
+        this.shown = run
+        return
+      }
+      this.unchanged = 0
       const data = await answer.json()
       for (const picture of data.pictures) {
         const file = `step-${String(picture.step).padStart(8, "0")}.png`
         picture.src = app.api.apiURL(`${path}/${file}`)
       }
+      this.panel.element.hidden = false
       this.panel.show(data)
       ;[this.shown, this.version] = [run, data.version]
       this.box.title = `${data.name}: ${progress(data)}`

@@ -46,18 +46,20 @@ export function recall(node) {
   return (node.graph === root() && remembered().get(`${root().id}/${node.id}`)) || {}
 }
 
-const workflows = new Map() // prompt id -> its workflow's id
+const workflows = new Map() // prompt id -> a promise of its workflow's id
 
-/** The workflow that a prompt was queued from: running, or done. */
-async function workflowOf(prompt) {
-  if (workflows.has(prompt)) return workflows.get(prompt)
+/** The workflow that a prompt was queued from: running, or done. Nothing where no page sent one. */
+function workflowOf(prompt) {
+  if (!workflows.has(prompt)) workflows.set(prompt, askedFor(prompt).catch(() => undefined))
+  return workflows.get(prompt)
+}
+
+async function askedFor(prompt) {
   const asked = (path) => app.api.fetchApi(path).then((answer) => answer.json())
   const { queue_running: running } = await asked("/queue")
   let item = running.find(([, id]) => id === prompt)
   item ??= (await asked(`/history/${prompt}`))[prompt]?.prompt
-  const workflow = item?.[3]?.extra_pnginfo?.workflow?.id
-  workflows.set(prompt, workflow)
-  return workflow
+  return item?.[3]?.extra_pnginfo?.workflow?.id
 }
 
 const hearers = []
@@ -80,9 +82,10 @@ app.registerExtension({
 
   setup() {
     app.api.addEventListener(ON_A_NODE, ({ detail: { node, prompt_id, ...said } }) => {
-      workflows.set(prompt_id, said.workflow)
+      workflows.set(prompt_id, Promise.resolve(said.workflow))
       heard({ ...said, id: node, prompt: prompt_id })
     })
+    app.api.addEventListener("execution_start", ({ detail }) => workflowOf(detail.prompt_id))
     // what came of it, from a cache too: ComfyUI's own event, which names no workflow
     app.api.addEventListener("executed", async ({ detail }) => {
       const { text, run } = detail.output ?? {}

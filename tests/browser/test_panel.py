@@ -59,6 +59,9 @@ def test_the_panel_of_a_run_is_there_again_after_a_reload_and_on_no_other_workfl
         "gradient norms",
         "learning rate",
     ]
+    over = panel.locator(".u-over").first
+    over.hover()  # its middle, on a canvas that is zoomed
+    assert panel.locator(".u-value").first.inner_text() in ("10", "11")
     page.screenshot("panel-curves")
 
     # without a page: no line of it may come here. With another number of steps it is another run
