@@ -9,11 +9,17 @@ import { listen, recall } from "./said.js"
 
 const OF_A_RUN = ["DMD_Distill", "DMD_ContinueRun"]
 const NAME = "dmd_panel"
+const STYLES = ["./panel/uplot/uPlot.min.css", "./panel/panel.css"]
 const HEIGHT = 210 // at least, in pixels: a sheet of three rows below its slider
 const SECOND = 1000
 const SELDOM = 5 // seconds between two looks at a run that does not change
 
 const panels = new WeakMap() // node -> its RunPanel
+
+function stylesheet(file) {
+  const link = document.createElement("link")
+  return Object.assign(link, { rel: "stylesheet", href: new URL(file, import.meta.url).href })
+}
 
 class RunPanel {
   constructor(node) {
@@ -21,6 +27,7 @@ class RunPanel {
     this.box = document.createElement("div")
     // what is in it scrolls: else Nodes 2.0 would make the node as high as all three charts
     this.box.style.cssText = `position: relative; height: 100%; min-height: ${HEIGHT}px`
+    this.box.append(...STYLES.map(stylesheet)) // in what is ours: the page's head is everybody's
     this.panel = new Panel(this.box, uPlot, { compact: true })
     this.panel.element.hidden = true // until there is a run
     // a drag on a chart zooms it; it moves no node
@@ -78,10 +85,6 @@ app.registerExtension({
   name: "dmdonestep.runpanel",
 
   setup() {
-    for (const file of ["./panel/uplot/uPlot.min.css", "./panel/panel.css"]) {
-      const href = new URL(file, import.meta.url).href
-      document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }))
-    }
     listen(({ node, run }) => {
       const panel = panels.get(node)
       if (!panel) return
