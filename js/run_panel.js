@@ -67,7 +67,7 @@ class RunPanel {
       this.panel.element.hidden = false
       this.panel.show(data)
       ;[this.shown, this.version] = [run, data.version]
-      this.box.title = `${data.name}: ${progress(data)}`
+      this.box.title = `${data.name}: ${progress(data, false)}`
     } catch {
       this.unchanged = 1 // the server is away: ask again soon
     } finally {

@@ -34,11 +34,12 @@ function duration(seconds) {
 const short = (value) => (value === null || value === undefined ? "" : Number(value.toPrecision(3)))
 
 /** What a run has come to, in a line. */
-export function progress({ step, steps, time }) {
+export function progress({ step, steps, time }, saysLeft = true) {
   const said = [`step ${step} of ${steps}`]
   if (time.a_step) said.push(`${short(time.a_step)} s a step`)
   if (time.seconds) said.push(`${duration(time.seconds)} of training`)
-  if (time.a_step && step < steps) said.push(`${duration((steps - step) * time.a_step)} left`)
+  if (saysLeft && time.a_step && step < steps)
+    said.push(`${duration((steps - step) * time.a_step)} left`)
   return said.join(" · ")
 }
 
@@ -261,6 +262,7 @@ class Curves {
 export class Panel {
   /** uPlot: the chart library. compact: one part at a time, behind tabs, as a node has room for. */
   constructor(root, uPlot, { compact = false } = {}) {
+    this.compact = compact
     this.title = make("h1")
     this.about = make("p", { className: "dmd-about" })
     this.progress = make("p", { className: "dmd-progress" })
@@ -324,7 +326,7 @@ export class Panel {
   show(data) {
     this.title.textContent = data.name
     this.about.textContent = `${data.preset}: ${data.about}`
-    this.progress.textContent = progress(data)
+    this.progress.textContent = progress(data, !this.compact) // a node's own line says what is left
     this.pictures.show(data.pictures, data.pictures_drawn)
     this.curves.show(data.curves, data.thinned)
     const told = JSON.stringify([data.samplers, data.facts, data.settings])
@@ -332,9 +334,13 @@ export class Panel {
     this.told = told
     const { teacher, student } = data.samplers
     const measured = Object.entries(MEASURES).filter(([key]) => teacher && key in teacher)
-    const rows = measured.map(([key, name]) => [name, short(teacher[key]), short(student[key])])
+    const rows = measured.map(([key, name]) => {
+      const [many, one] = [teacher[key], student[key]]
+      const faster = key.startsWith("ms") ? `${short(many / one)}x` : ""
+      return [name, short(many), short(one), faster]
+    })
     this.numbers.replaceChildren(
-      ...(teacher ? [table(["", "teacher", "student"], rows)] : []),
+      ...(teacher ? [table(["", "teacher", "student", "speed-up"], rows)] : []),
       ...Object.entries(data.facts).map(([name, said]) => make("p", {}, `${name}: ${said}`)),
     )
     const chosen = data.settings.map(({ key, value, source }) => [key, value, source])
