@@ -13,6 +13,7 @@ from ..dmd_train.config import load_config
 from ..dmd_train.errors import UserError
 from ..dmd_train.run.report import described, picture_files
 from ..dmd_train.run.series import Series
+from .planned import planned
 from .run_folders import run_folders
 
 COLUMNS = 400
@@ -28,10 +29,11 @@ _lock = Lock()
 
 
 def register_routes() -> None:
-    """GET /dmd-one-step/runs/NAME and /dmd-one-step/runs/NAME/step-00000250.png."""
+    """GET /dmd-one-step/runs/NAME, its pictures by their names, and /dmd-one-step/planned."""
     routes = PromptServer.instance.routes
     routes.get("/dmd-one-step/runs/{name}")(run_state)
     routes.get("/dmd-one-step/runs/{name}/{picture}")(run_picture)
+    routes.get("/dmd-one-step/planned")(next_run)
 
 
 async def run_state(request: web.Request) -> web.Response:
@@ -52,6 +54,15 @@ async def run_picture(request: web.Request) -> web.StreamResponse:
     if not PICTURE.fullmatch(name) or not file.is_file():
         raise web.HTTPNotFound
     return web.FileResponse(file, headers={"Cache-Control": "no-cache"})
+
+
+async def next_run(request: web.Request) -> web.Response:
+    """The settings that Run would begin with, by the widgets in the query; 422: what it refuses."""
+    try:
+        rows = await asyncio.to_thread(planned, dict(request.query))
+    except UserError as error:
+        return web.json_response({"error": str(error)}, status=422)
+    return web.json_response({"settings": rows})
 
 
 def _folder(request: web.Request) -> Path:

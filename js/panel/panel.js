@@ -53,6 +53,12 @@ function table(head, rows) {
   )
 }
 
+/** Settings, and where each comes from. */
+export function settingsTable(settings) {
+  const rows = settings.map(({ key, value, source }) => [key, value, source])
+  return table(["setting", "value", "source"], rows)
+}
+
 /** The sheet of pictures, with a slider over the steps at which they were drawn. */
 class Pictures {
   constructor() {
@@ -260,8 +266,9 @@ class Curves {
 }
 
 export class Panel {
-  /** uPlot: the chart library. compact: one part at a time, behind tabs, as a node has room for. */
-  constructor(root, uPlot, { compact = false } = {}) {
+  /** uPlot: the chart library. compact: one part at a time, behind tabs, as a node has room for.
+   *  more: parts by name, elements of the caller's. */
+  constructor(root, uPlot, { compact = false, more = {} } = {}) {
     this.compact = compact
     this.title = make("h1")
     this.about = make("p", { className: "dmd-about" })
@@ -274,6 +281,7 @@ export class Panel {
       Pictures: this.pictures.element,
       Curves: this.curves.element,
       Settings: make("div", {}, this.numbers, this.settings),
+      ...more,
     }
     this.element = make("div", { className: `dmd-panel ${compact ? "dmd-compact" : ""}` })
     if (compact) this.element.append(...this.tabs(parts), this.progress)
@@ -318,6 +326,7 @@ export class Panel {
       next.focus()
       event.stopPropagation()
     })
+    this.choose = (name) => choose(tabs.find((tab) => tab.textContent === name))
     choose(tabs[0])
     return [bar, ...boxes]
   }
@@ -343,8 +352,7 @@ export class Panel {
       ...(teacher ? [table(["", "teacher", "student", "speed-up"], rows)] : []),
       ...Object.entries(data.facts).map(([name, said]) => make("p", {}, `${name}: ${said}`)),
     )
-    const chosen = data.settings.map(({ key, value, source }) => [key, value, source])
-    this.settings.replaceChildren(table(["setting", "value", "source"], chosen))
+    this.settings.replaceChildren(settingsTable(data.settings))
   }
 
   close() {
