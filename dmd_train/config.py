@@ -1,6 +1,7 @@
 """run.yaml as a validated model, and the presets that fill in what it leaves out."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -207,6 +208,14 @@ class Config(BaseModel):
         if self.training == "full":
             return "Choose a LoRA preset (training: lora)."
         return f"Set lora_rank: {max(4, self.lora_rank // 2)}, or a smaller resolution."
+
+    def rate(self, step: int) -> float:
+        """Learning rate at student update `step` (from 0): linear warm-up, then the schedule."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.learning_rate * warmup
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * warmup * decay
 
     def half(self, device: torch.device) -> bool:
         """Whether networks compute in bfloat16 on this device."""

@@ -206,6 +206,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def require_there(self) -> None:
         """Raises UserError where the folder was taken away."""
         if not (self.path / "run.yaml").exists():

@@ -35,6 +35,7 @@ from ..room import require_memory
 from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder, is_run
 from ..run.pixels import grid, is_own_picture, picture, save_picture
+from ..run.report import write_report
 from ..run.sample_sheet import SampleSheet
 from ..run.verify import verify
 from .bar import STOPPED, StopRequest, bar, console, say, told, watch
@@ -87,6 +88,7 @@ def demo(set_: SetOption = None) -> None:
         _evaluate(student, config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
+        _say_report(write_report(run))
         say("Next:")
         say(_sample_command(run.student))
 
@@ -110,6 +112,7 @@ def train(
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         again += [part for value in set_ or [] for part in ("--set", value)]
         loaded = _train(run, processes, shlex.join(again))
+        _say_report(run.report)
         say(f"{run.path}: finished. Next:")
         say(_export_command(run) if loaded.text else _sample_command(run.student))
 
@@ -381,6 +384,7 @@ def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
         raise typer.Exit(STOPPED if stopped else 0)
     _draw_curves(run)
     if stopped:
+        _say_report(run.report)
         say(f"{run.path}: stopped and saved. Go on with: {again}")
         stop.exit()
     return loaded
@@ -390,6 +394,10 @@ def _draw_curves(run: RunFolder) -> None:
     from ..run.curves import save_curves
 
     save_curves(run.path / "curves.png", run.read_metrics())
+
+
+def _say_report(report: Path) -> None:
+    say(f"{report}: open it in a browser")
 
 
 def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
