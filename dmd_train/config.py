@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -21,6 +22,7 @@ from .errors import UserError, shown
 from .files.text import read_text
 from .files.yaml import MOST, WAY_OUT, read_yaml
 from .method.noise import TIMESTEPS
+from .method.recipe import Sampler, falls
 from .presets import PRESETS
 
 DIGITS = "digits"
@@ -50,6 +52,9 @@ PIXELS = 8192
 
 RANK = 4096
 """Highest rank: beyond nearly every layer's width."""
+
+STEPS = 8
+"""Most steps of a student: DMD's kind has four (DMD2 4.4), the largest of later work eight."""
 
 THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
@@ -120,8 +125,13 @@ class Config(BaseModel):
     guidance: float = Field(1.0, ge=0, le=100, description="of the teacher; baked into the student")
     t_min: int = Field(20, ge=0, lt=TIMESTEPS, description="least timestep matched")
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
-    conditioning_timestep: int = Field(
-        TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    timesteps: tuple[StrictInt, ...] = Field(
+        (TIMESTEPS - 1,), description="of the student's steps, noisiest first; one: a one-step one"
+    )
+    sampler: Sampler = Field(
+        "stochastic",
+        description="the student's between its steps; stochastic: fresh noise, "
+        "deterministic: its own again",
     )
     regression_weight: float = Field(
         ge=0, le=1e6, description="of the regression on pairs; 0: none"
@@ -160,6 +170,15 @@ class Config(BaseModel):
             raise ValueError("is empty. Name a file or a folder")
         return value
 
+    @field_validator("timesteps")
+    @classmethod
+    def _a_schedule(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(timesteps) <= STEPS:
+            raise ValueError(f"a student has 1 to {STEPS} steps, not {len(timesteps)}")
+        if not falls(timesteps):
+            raise ValueError(f"write numbers of {TIMESTEPS - 1} to 0 that fall, each once")
+        return timesteps
+
     @field_validator("prompts")
     @classmethod
     def _spelt_as_paths_are(cls, prompts: str | None) -> str | None:
@@ -196,6 +215,7 @@ class Config(BaseModel):
 
 def make_config(values: dict[str, Any], source: str) -> Config:
     """Values over preset over defaults. `source` names the file in an error."""
+    values = _as_named_now(values)
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -205,7 +225,7 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        config = Config.model_validate(PRESETS[preset].settings | values)
+        config = Config.model_validate(_as_named_now(PRESETS[preset].settings) | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -217,6 +237,17 @@ def make_config(values: dict[str, Any], source: str) -> Config:
     if config.resolution % 64:
         raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
     return config
+
+
+def _as_named_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings under today's names. Of one said twice the last counts, an override."""
+    now: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "conditioning_timestep":  # before students had several steps
+            now["timesteps"] = [value]
+        else:
+            now[key] = value
+    return now
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -87,7 +87,7 @@ SDXL = {
     "micro_batch_size": Choice(1, ONE_GPU),
     "critic_updates": Choice(5, "D2 B.5, SDXL"),
     "guidance": Choice(8.0, "D2 B.5, SDXL"),
-    "conditioning_timestep": Choice(399, "D2 4.5: 999 gives block noise"),
+    "timesteps": Choice([399], "D2 4.5: 999 gives block noise"),
     "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
     "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
     "pair_sampler": Choice("euler", "D2 B.4, trailing"),

@@ -10,6 +10,10 @@ from ..errors import UserError, shown
 from .noise import TIMESTEPS
 
 RECIPE_KEY = "dmd.recipe"
+LATER = ("sampler", "shift")
+"""Fields that files of before do not have. Unsaid at their defaults, they are read by all."""
+
+Sampler = Literal["stochastic", "deterministic"]
 NOT_FALLING = "not_falling"
 
 LICENSE = 50_000
@@ -19,12 +23,19 @@ SIZES = range(8, 8193)
 """Pixels a side that a file may say it draws."""
 
 
+def falls(timesteps: tuple[int, ...]) -> bool:
+    """Whether they are timesteps, noisiest first and each once."""
+    falling = sorted(set(timesteps), reverse=True) == list(timesteps)
+    return falling and all(0 <= t < TIMESTEPS for t in timesteps)
+
+
 class Recipe(BaseModel):
     """Everything a sampler needs beside the weights.
 
     One network evaluation per timestep, noisiest first: x0 = mu(x_t, t), then, if another
-    timestep t' follows, x_t' = alpha x0 + sigma eps with fresh noise (DMD2 4.4). The first input
-    is noise_scale * N(0, I), whatever the first timestep says.
+    timestep t' follows, x_t' = alpha x0 + sigma eps. eps is fresh noise if stochastic (DMD2 4.4),
+    that which x_t holds by x0 if deterministic (DDIM, eta = 0). The first input is
+    noise_scale * N(0, I), whatever the first timestep says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -33,6 +44,9 @@ class Recipe(BaseModel):
     prediction: Literal["eps", "v", "flow", "edm"]
     timesteps: tuple[int, ...] = Field(min_length=1, max_length=TIMESTEPS)
     noise_scale: float = Field(gt=0, le=10_000)
+    sampler: Sampler = "stochastic"
+    shift: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Of a flow's timesteps: sigma = shift r / (1 + (shift - 1) r), r = (t + 1) / 1000."""
     baked_guidance: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """The teacher's guidance during training. It is in the weights: sample without guidance."""
     teacher: Annotated[str, Field(max_length=1000)] = "unknown"
@@ -43,8 +57,7 @@ class Recipe(BaseModel):
     @field_validator("timesteps")
     @classmethod
     def _require_falling(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
-        falling = sorted(set(timesteps), reverse=True) == list(timesteps)
-        if not falling or not all(0 <= t < TIMESTEPS for t in timesteps):
+        if not falls(timesteps):
             raise PydanticCustomError(
                 NOT_FALLING,
                 "timesteps {timesteps} do not fall within {last}..0",
@@ -73,7 +86,9 @@ class Recipe(BaseModel):
         standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
         if standard_name:
             spec["prediction_type"] = standard_name
-        return {RECIPE_KEY: self.model_dump_json()} | {
+        fields = type(self).model_fields
+        unsaid = {key for key in LATER if getattr(self, key) == fields[key].default}
+        return {RECIPE_KEY: self.model_dump_json(exclude=unsaid)} | {
             f"modelspec.{key}": value for key, value in spec.items()
         }
 

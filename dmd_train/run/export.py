@@ -13,7 +13,7 @@ from ..method.adapters import Adapted, Adapters
 from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
-from ..networks.loaded import one_step_recipe
+from ..networks.loaded import student_recipe
 from .folder import newest_checkpoint, require_teacher, student_marks
 from .student import write_weights
 
@@ -100,7 +100,7 @@ def export(
             tensors = network.ldm_tensors(adapters.merged("student"))
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
-    recipe = one_step_recipe(loaded, config)
+    recipe = student_recipe(loaded, config)
     said = student_marks(run / "checkpoints", newest.step)
     write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
     return path

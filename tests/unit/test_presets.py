@@ -47,7 +47,7 @@ def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
 def test_the_preset_for_any_model_needs_no_pairs_and_gives_a_lora() -> None:
     whole = of_preset("any-one-step-lora")
     assert not whole.needs_pairs
-    assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
+    assert (whole.training, whole.timesteps) == ("lora", (999,))
     assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
 
 

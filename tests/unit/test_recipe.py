@@ -13,7 +13,7 @@ from dmd_train.files.read import read_safetensors
 from dmd_train.method.recipe import RECIPE_KEY, Recipe, read_recipe
 from dmd_train.networks.edm_unet import edm_unet
 from dmd_train.networks.load import load
-from dmd_train.networks.loaded import one_step_recipe
+from dmd_train.networks.loaded import student_recipe
 from dmd_train.run.student import write_student
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_a_recipe_read_from_its_own_metadata_is_the_same_recipe(plan: Recipe) ->
 
 def test_a_recipe_survives_the_file_itself(tmp_path: Path) -> None:
     teacher = load("digits", CPU)
-    plan = one_step_recipe(teacher, config(guidance=2.0))
+    plan = student_recipe(teacher, config(guidance=2.0))
     write_student(tmp_path / "student.safetensors", teacher.network, plan)
     loaded = load(str(tmp_path / "student.safetensors"), CPU)
     assert loaded.recipe == plan
@@ -46,9 +46,9 @@ def test_a_recipe_survives_the_file_itself(tmp_path: Path) -> None:
         assert torch.equal(loaded.network.module.state_dict()[key], value)
 
 
-def test_a_one_step_recipe_is_conditioned_at_the_last_timestep_with_the_teachers_noise() -> None:
+def test_a_student_recipe_is_conditioned_at_the_last_timestep_with_the_teachers_noise() -> None:
     teacher = load("digits", CPU)
-    plan = one_step_recipe(teacher, config(guidance=2.0))
+    plan = student_recipe(teacher, config(guidance=2.0))
     assert (plan.timesteps, plan.nfe, plan.noise_scale) == ((999,), 1, 80.0)
     assert plan.baked_guidance == 2.0
     assert plan.teacher_sha256 == teacher.sha256
