@@ -53,6 +53,9 @@ PIXELS = 8192
 RANK = 4096
 """Highest rank: beyond nearly every layer's width."""
 
+LATER = ("sampler",)
+"""Settings that runs of before did not have: at their defaults they do what those did."""
+
 STEPS = 8
 """Most steps of a student: DMD's kind has four (DMD2 4.4), the largest of later work eight."""
 
@@ -278,6 +281,17 @@ def settings_in(text: str, source: str) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The run.yaml that gives this very config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def as_before(config: Config) -> dict[str, Any]:
+    """The settings, as JSON has them, under the names of before: what a run is known by."""
+    values = config.model_dump(mode="json")
+    for key in LATER:
+        if values[key] == Config.model_fields[key].default:
+            del values[key]
+    if len(values["timesteps"]) == 1:
+        (values["conditioning_timestep"],) = values.pop("timesteps")
+    return values
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
