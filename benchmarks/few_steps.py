@@ -105,18 +105,17 @@ class LastAlone(Distillation):
         return randn((shape[0], self.recipe.nfe - 1, *shape[1:]), gen)
 
 
-class PairsAtTheEnd(Distillation):
-    """Regression of the last step's x0 on the pair, of a deterministic student."""
+class PairsAtTheStart(Distillation):
+    """Regression of the first step's x0 on the pair, of a deterministic student too."""
 
     def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
         gen = generator(CPU, self.config.seed, step, "pairs")
         numbers = pairs.draw(self.config.pair_batch_size, gen)
+        ref = pairs.take(numbers, self.device)
+        condition = self.conditions.take(ref.row, self.device)
 
-        def loss(part: Tensor) -> Tensor:
-            ref = pairs.take(part, self.device)
-            condition = self.conditions.take(ref.row, self.device)
-            noise = [ref.noise] * self.recipe.nfe
-            x = rollout(self.roles.student.network, self.recipe, condition, noise)
+        def loss(_: Tensor) -> Tensor:
+            x = rollout(self.roles.student.network, self.recipe, condition, [ref.noise])
             return self.distance(x, ref.image)
 
         return self._accumulate([numbers], len(numbers), loss, weight)
@@ -179,7 +178,7 @@ class Pulled(Distillation):
 
 WAYS = {
     way.__name__: way
-    for way in (Distillation, MatchedBelow, LastAlone, PairsAtTheEnd, Anchored, Pulled)
+    for way in (Distillation, MatchedBelow, LastAlone, PairsAtTheStart, Anchored, Pulled)
 }
 
 
@@ -205,13 +204,17 @@ S999, S699, S599, S499 = (
     (499, 374, 249, 124),
 )
 SERIES: dict[str, Series] = {
+    "bar": Series("C", [at(399, **FEW), at(*S999, **ODE, **FEW)], (0, 1, 2)),
+    "coloured": Series(
+        "C", [at(399), at(*S999, **ODE), at(*S699, **ODE, **FEW), at(999, 499, **ODE, **FEW)]
+    ),
     "schedule": Series(
         "M",
         [
             at(399),
-            *(at(*s) for s in (S699, S999, S499, (499, 249), (699, 499, 299, 149))),
-            *(at(*s, **ODE) for s in (S699, S999, S499)),
-            *(at(*s) for s in ((499, 399, 249, 99), (699, 349), (999, 499))),
+            *(at(*s) for s in (S999, S699, (699, 499, 299, 149), S499, (499, 399, 249, 99))),
+            *(at(*s) for s in ((999, 499), (699, 349), (499, 249))),
+            *(at(*s, **ODE) for s in (S999, S699, S499, (999, 499), (699, 349))),
         ],
     ),
     "pairs": Series(
@@ -219,18 +222,20 @@ SERIES: dict[str, Series] = {
         [
             at(399, **FEW),
             at(*S699, **FEW),
-            *(at(*s, **FEW, **ODE, way=PairsAtTheEnd) for s in (S699, S499)),
-            at(*S699, **FEW, **ODE),
-            at(*S999, **FEW, **ODE),
+            *(at(*s, **FEW, **ODE, way=PairsAtTheStart) for s in (S999, S699)),
+            *(at(*s, **FEW, **ODE) for s in (S999, S699, S499, (999, 499), (699, 349))),
+            at(999, 874, 749, 624, 499, 374, 249, 124, **FEW, **ODE),
         ],
     ),
     "way": Series(
         "M",
         [
-            at(*S699, **ODE, way=Anchored),
-            at(*S999, **ODE, way=Anchored),
-            *(at(*s, way=MatchedBelow) for s in (S699, S999)),
+            *(at(*s, **ODE, way=Anchored) for s in (S999, S699)),
+            *(at(*s, way=MatchedBelow) for s in (S999, S699)),
             at(*S699, way=Pulled),
+            at(*S999, way=LastAlone),
+            at(*S999, **ODE, way=LastAlone),
+            at(*S999, **ODE, way=MatchedBelow),
         ],
     ),
 }
@@ -313,11 +318,11 @@ def cost_of_update(config: Config, way: str) -> int:
     student = before + 3 + guided + 1
     critic = 3 * config.critic_updates + (config.critic_updates - 1) * (before + 1)
     anchor = 5 * guided + 3 if way == "Anchored" else 0
-    pair = 3 if config.regression_weight else 0
-    at_the_end = steps - 1 if way == "PairsAtTheEnd" else 0
+    is_at_the_end = config.sampler == "deterministic" and way != "PairsAtTheStart"
+    pair = 3 + (steps - 1 if is_at_the_end else 0)
     return round(
         config.batch_size * (student + critic + anchor)
-        + config.pair_batch_size * (pair + at_the_end)
+        + config.pair_batch_size * (pair if config.regression_weight else 0)
     )
 
 

@@ -142,14 +142,19 @@ class Distillation:
         return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss), samples
 
     def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
-        """Gradients of weight times the regression. Returns its value, without the weight."""
+        """Gradients of weight times the regression. Returns its value, without the weight.
+
+        A pair is of the deterministic student's last step, whose x0 follows from the noise alone;
+        of a stochastic one's first.
+        """
+        steps = self.recipe.nfe if self.recipe.sampler == "deterministic" else 1
         gen = generator(torch.device("cpu"), self.config.seed, step, "pairs")
         numbers = self.processes.part(pairs.draw(self.config.pair_batch_size, gen))
 
         def loss(part: Tensor) -> Tensor:
             ref = pairs.take(part, self.device)
             condition = self.conditions.take(ref.row, self.device)
-            x_ref = rollout(self.roles.student.network, self.recipe, condition, [ref.noise])
+            x_ref = rollout(self.roles.student.network, self.recipe, condition, steps * [ref.noise])
             return self.distance(x_ref, ref.image)
 
         parts = numbers.split(self.config.micro_batch_size or len(numbers))

@@ -70,6 +70,13 @@ class Recipe(BaseModel):
         """Network function evaluations an image."""
         return len(self.timesteps)
 
+    @property
+    def steps(self) -> str:
+        """For a message: "2 steps at t = 999, 499"."""
+        kind = ", deterministic" if self.sampler == "deterministic" and self.nfe > 1 else ""
+        timesteps = ", ".join(map(str, self.timesteps))
+        return f"{self.nfe} step{'s' * (self.nfe > 1)} at t = {timesteps}{kind}"
+
     def to_metadata(self, title: str, shape: tuple[int, int, int]) -> dict[str, str]:
         """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
         spec = {
@@ -81,7 +88,8 @@ class Recipe(BaseModel):
             "license": self.license,
             "resolution": f"{shape[2]}x{shape[1]}",
             "timestep_range": f"{min(self.timesteps)},{max(self.timesteps) + 1}",
-            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1",
+            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, "
+            f"{'euler, ' if self.sampler == 'deterministic' else ''}cfg 1",
         }
         standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
         if standard_name:

@@ -118,12 +118,14 @@ def test_a_rollout_in_training_is_sampling_cut_off_at_its_step() -> None:
     assert torch.equal(seen[0], plain.predict_x0(last.x_t, last.t, last.condition))
 
 
-def test_the_regression_on_pairs_is_of_the_first_step() -> None:
-    state, student = watched(regression_warmup_steps=1)
+@pytest.mark.parametrize(("sampler", "steps"), [("stochastic", 1), ("deterministic", 3)])
+def test_a_pair_is_of_the_step_whose_x0_its_noise_alone_decides(sampler: str, steps: int) -> None:
+    state, student = watched(sampler, regression_warmup_steps=1)
     noise = torch.randn(2, 10, *SHAPE, generator=torch.Generator().manual_seed(7))
-    state.iteration(0, pairs_of(noise[0], noise[1], torch.arange(10) % 3))
-    (call,) = student.calls
-    assert call.grad and call.t.unique().tolist() == [THREE[0]]
+    pairs = pairs_of(noise[0], noise[1], torch.arange(10) % 3)
+    state.iteration(0, pairs)
+    learned = [False] * (steps - 1) + [True]
+    assert rollouts(student) == [(list(THREE[:steps]), learned)]
 
 
 # What it is told
