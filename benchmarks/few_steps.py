@@ -197,6 +197,7 @@ class Series:
 
 FEW: Row = {"regression_weight": 2.0}
 ODE: Row = {"sampler": "deterministic"}
+SLOW: Row = {"learning_rate": 1e-4}
 S999, S699, S599, S499 = (
     (999, 749, 499, 249),
     (699, 524, 349, 174),
@@ -204,9 +205,16 @@ S999, S699, S599, S499 = (
     (499, 374, 249, 124),
 )
 SERIES: dict[str, Series] = {
-    "bar": Series("C", [at(399, **FEW), at(*S999, **ODE, **FEW)], (0, 1, 2)),
+    "bar": Series("C", [at(399, **FEW), at(*S999, **ODE, **FEW, **SLOW)], (0, 1, 2)),
     "coloured": Series(
-        "C", [at(399), at(*S999, **ODE), at(*S699, **ODE, **FEW), at(999, 499, **ODE, **FEW)]
+        "C",
+        [
+            at(*S699, **ODE, **FEW, **SLOW),
+            at(399),
+            at(*S999, **ODE),
+            at(*S999, **ODE, **SLOW),
+            at(999, 499, **ODE, **FEW, **SLOW),
+        ],
     ),
     "schedule": Series(
         "M",

@@ -94,6 +94,8 @@ SDXL = {
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 
+SDXL_RANK = Choice(32, "64 of D2 B.5 does not fit 16 GB twice")
+
 ANY = {
     "micro_batch_size": Choice(1, "other models are mostly larger: " + ONE_GPU),
     "learning_rate": Choice(5e-5, "D2 B.5, LoRA for SDXL; untuned"),
@@ -102,6 +104,23 @@ ANY = {
     "guidance": Choice(4.5, "SD3.5 large's own; untuned. Models told their guidance (Flux): 1"),
     "pair_sampler": Choice("euler", "all that flow models have here; others have it too"),
     "pair_steps": Choice(28, "SD3 medium's, in SD3.5's reference code"),
+}
+
+MEASURED = "measured, docs/findings/four-steps.md"
+FOUR_STEPS = {
+    "timesteps": Choice(
+        [999, 749, 499, 249], "D2 4.4; what a plain KSampler's euler, simple takes"
+    ),
+    "sampler": Choice("deterministic", MEASURED),
+    "regression_weight": Choice(2.0, MEASURED),
+    "regression_warmup_steps": Choice(0, "a warm-up that ends is undone, docs/findings"),
+    "regression_loss": Choice("mse", MEASURED),
+    "pairs": Choice(256, MEASURED),
+}
+TWO_STEPS = FOUR_STEPS | {"timesteps": Choice([999, 499], "as four steps")}
+TRAILING = {
+    "pair_sampler": Choice("dpmpp-2m", "begins at 999, as the student does"),
+    "pair_steps": Choice(25, "measured with 12 on small networks; untuned"),
 }
 
 PAPER = SD_FULL | {
@@ -128,12 +147,22 @@ DMD2 = SD_FULL | {
 PRESETS: dict[str, Preset] = {
     "digits-one-step": Preset("the embedded digits, minutes", DIGITS_ONE_STEP),
     "sd15-one-step-lora": Preset("SD 1.x on one GPU, gives a LoRA", SD_LORA),
+    "sd15-four-step-lora": Preset(
+        "SD 1.x in four steps, gives a LoRA", SD_LORA | FOUR_STEPS | TRAILING
+    ),
+    "sd15-two-step-lora": Preset(
+        "SD 1.x in two steps, gives a LoRA", SD_LORA | TWO_STEPS | TRAILING
+    ),
     "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL),
     "sd2-one-step-lora": Preset("SD 2.x on one GPU, gives a LoRA", SD_LORA),
     "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL),
     "sdxl-one-step-lora": Preset(
         "SDXL on one GPU, gives a LoRA; warms up on pairs",
-        SD_LORA | SDXL | {"lora_rank": Choice(32, "64 of D2 B.5 does not fit 16 GB twice")},
+        SD_LORA | SDXL | {"lora_rank": SDXL_RANK},
+    ),
+    "sdxl-four-step-lora": Preset(
+        "SDXL in four steps, gives a LoRA",
+        SD_LORA | SDXL | FOUR_STEPS | TRAILING | {"lora_rank": SDXL_RANK},
     ),
     "sdxl-one-step-full": Preset(
         "SDXL, three networks, several GPUs; warms up on pairs",
@@ -141,6 +170,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "any-one-step-lora": Preset(
         "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
+    ),
+    "any-four-step-lora": Preset(
+        "any other model in four steps, in ComfyUI; gives a LoRA; untuned",
+        SD_LORA | ANY | FOUR_STEPS,
     ),
     "sd15-paper": Preset("DMD as published: pairs and LPIPS, a cluster", PAPER),
     "sd15-dmd2": Preset("DMD2's first stage as published, a cluster", DMD2),

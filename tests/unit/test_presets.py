@@ -11,6 +11,8 @@ from dmd_train.networks.loaded import Loaded
 from dmd_train.prepare import require_possible
 from dmd_train.presets import PRESETS, presets_for
 
+ANY = ["any-one-step-lora", "any-four-step-lora"]
+
 
 def model_of(family: str) -> Loaded:
     network = constant(0.0)
@@ -27,17 +29,26 @@ def test_every_family_has_a_preset_that_a_run_accepts(family: str) -> None:
     for name in presets_for(family):
         require_possible(of_preset(name), model_of(family))
     assert presets_for(family)
-    assert (presets_for(family) == ["any-one-step-lora"]) == (family not in FAMILIES)
+    assert (presets_for(family) == ANY) == (family not in FAMILIES)
 
 
-def test_only_one_preset_is_no_familys() -> None:
+def test_two_presets_are_no_familys() -> None:
     named = {name for family in FAMILIES.values() for name in family.presets}
-    assert PRESETS.keys() - named == {"any-one-step-lora"}
+    assert PRESETS.keys() - named == set(ANY)
+
+
+def test_what_several_steps_begin_at_and_end_on_is_stock_ksamplers_simple_schedule() -> None:
+    """So that its euler is exact on the plain model with the LoRA, without a node of ours."""
+    for name in PRESETS:
+        timesteps = of_preset(name).timesteps
+        if len(timesteps) > 1:
+            assert list(timesteps) == list(range(999, -1, -1000 // len(timesteps)))
+            assert of_preset(name).sampler == "deterministic"
 
 
 def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
     with pytest.raises(
-        UserError, match=r"is for sdxl, .* is SD3\. Choose one of any-one-step-lora\."
+        UserError, match=r"is for sdxl, .* is SD3\. Choose one of any-one-step-lora, any-four-"
     ):
         require_possible(of_preset("sdxl-one-step-lora"), model_of("SD3"))
     with pytest.raises(UserError, match=r"is sdxl\. Choose one of sdxl-one-step-lora, sdxl-"):
