@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dmd_train.data.conditions import Classes
 from ..dmd_train.data.pairs import Sample, make_pairs
 from ..dmd_train.errors import UserError
+from ..dmd_train.files.write import sole_writer
 from ..dmd_train.method.seeding import stream_seed
 from .conditioning import Conditioning, Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
@@ -165,8 +166,10 @@ class DMDTeacherPairs(io.ComfyNode):
         sample, choice = _shown(teacher, count, node_id), Classes(len(rows))
         kept = 0
         try:
-            for done in make_pairs(folder, count, seed, shape, choice, batch_size, origin, sample):
-                kept = done
+            with sole_writer(folder):
+                made = make_pairs(folder, count, seed, shape, choice, batch_size, origin, sample)
+                for done in made:
+                    kept = done
         except comfy.model_management.InterruptProcessingException:
             say(f"{kept} of {count} pairs kept; the same settings go on from there", node_id)
             raise
