@@ -16,7 +16,6 @@ from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.files.yaml import read_yaml
-from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.load import DIGITS_TEACHER, load
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.presets import PRESETS, presets_for
@@ -349,7 +348,6 @@ def _from_file(config: Config, node_id: str) -> Wired:
     found = recognise(*peek(file), str(file))
     if found.layout in CLASS_CONDITIONAL:
         network = load(str(file), torch.device("cpu")).network
-        assert isinstance(network, EDMNetwork)
         model = edm_model(network)
         return Wired(model, all_classes(model), file=file)
     embeddings = folder_paths.get_folder_paths("embeddings")

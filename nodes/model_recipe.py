@@ -18,6 +18,9 @@ from .edm_model import EDMConfig
 
 ATTACHMENT = "dmd_recipe"
 
+EDM_TYPES = (comfy.model_base.ModelType.EDM, comfy.model_base.ModelType.FLOW_COSMOS)
+"""Types whose samplers start from sigma_max N(0, I)."""
+
 OTHER_SIZE = 1024
 """Pixels a side, of a family that is known to ComfyUI alone."""
 
@@ -59,7 +62,7 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
     flow starts from N(0, I) at sigma = 1, which is t = 999, as it is.
     Raises UserError if the MODEL is of another family, or of a kind that has no such timesteps.
     """
-    is_edm = model.model.model_type == comfy.model_base.ModelType.EDM
+    is_edm = model.model.model_type in EDM_TYPES
     family = family_of(model)
     if (recipe.prediction == "edm") != is_edm:
         kind = "an" if is_edm else "no"

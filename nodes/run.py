@@ -24,10 +24,11 @@ from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
 from ..dmd_train.networks.loaded import Loaded
 from ..dmd_train.run.folder import RunFolder, require_teacher
-from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
+from .engine_network import engine_network
 from .model_files import PACK
 from .model_recipe import recipe_of
+from .patched_copy import is_quantised
 from .progress import Progress, say
 from .student_model import student_model, student_of
 from .teacher_pairs import TeacherPairs

@@ -4,6 +4,7 @@ Every operation of a short run on its folder is tried: before it, with what was 
 there, and with a disk that takes no byte from there on.
 """
 
+import os
 import random
 import shutil
 import sys
@@ -34,6 +35,12 @@ from dmd_train.run.folder import RunFolder
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc")
 
 TENTH = 10
+
+
+@pytest.fixture(autouse=True)
+def kept_without_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dead process wrote is the kernel's: flushing to the disk is against a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(autouse=True)
