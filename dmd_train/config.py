@@ -56,7 +56,10 @@ THREADS = 1024
 
 
 LATER = {"beta1", "input_noise"}
-"""Settings that runs had not when presets began to have defaults of their own for them."""
+"""Settings that came after runs were named by theirs: at their defaults they are in no name."""
+
+WRITTEN_OUT = 35
+"""So many settings only a run itself writes into its run.yaml: all that there are, 39 and more."""
 
 
 Words = Annotated[str, StringConstraints(max_length=4096)]
@@ -207,8 +210,8 @@ class Config(BaseModel):
 def make_config(values: dict[str, Any], source: str) -> Config:
     """Values over preset over defaults. `source` names the file in an error.
 
-    Where the values are every setting but those of LATER, a version of before wrote them into a
-    run's folder: what came later is then as it was without, whatever the preset has by now.
+    Where they are WRITTEN_OUT the preset has no say: a setting that came later than the run is as
+    runs were without it.
     """
     for key in values:
         if key not in Config.model_fields:
@@ -219,8 +222,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        is_of_before = Config.model_fields.keys() - LATER <= values.keys()
-        config = Config.model_validate(({} if is_of_before else PRESETS[preset].settings) | values)
+        filled_in = PRESETS[preset].settings if len(values) < WRITTEN_OUT else {}
+        config = Config.model_validate(filled_in | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
