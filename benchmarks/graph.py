@@ -34,7 +34,7 @@ SD = {
     "micro_batch_size": 0,
     "gradient_checkpointing": False,
     "cpu_threads": 1,
-    "pair_steps": 2,
+    "regression_weight": 0.0,
     "sample_every": 10**6,
     "checkpoint_every": 10**6,
 }
