@@ -107,17 +107,16 @@ ANY = {
 }
 
 MEASURED = "measured, docs/findings/four-steps.md"
-FOUR_STEPS = {
-    "timesteps": Choice(
-        [999, 749, 499, 249], "D2 4.4; what a plain KSampler's euler, simple takes"
-    ),
+SEVERAL_STEPS = {
     "sampler": Choice("deterministic", MEASURED),
     "regression_weight": Choice(2.0, MEASURED),
     "regression_warmup_steps": Choice(0, "a warm-up that ends is undone, docs/findings"),
     "regression_loss": Choice("mse", MEASURED),
     "pairs": Choice(256, MEASURED),
 }
-TWO_STEPS = FOUR_STEPS | {"timesteps": Choice([999, 499], "as four steps")}
+FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 524, 349, 174], MEASURED)}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 349], MEASURED)}
+FOUR_OF_ANY = {"timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999")}
 TRAILING = {
     "pair_sampler": Choice("dpmpp-2m", "begins at 999, as the student does"),
     "pair_steps": Choice(25, "measured with 12 on small networks; untuned"),
@@ -173,7 +172,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "any-four-step-lora": Preset(
         "any other model in four steps, in ComfyUI; gives a LoRA; untuned",
-        SD_LORA | ANY | FOUR_STEPS,
+        SD_LORA | ANY | SEVERAL_STEPS | FOUR_OF_ANY,
     ),
     "sd15-paper": Preset("DMD as published: pairs and LPIPS, a cluster", PAPER),
     "sd15-dmd2": Preset("DMD2's first stage as published, a cluster", DMD2),
