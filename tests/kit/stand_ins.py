@@ -26,10 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "steps": 2,
         "resolution": 64,
         "rank": 4,
-        "advanced": "batch_size: 1
-critic_updates: 1
-pairs: 2
-pair_steps: 2",
+        "advanced": "batch_size: 1\ncritic_updates: 1\npairs: 2\npair_steps: 2",
     },
     "DMD_Compare": {"count": 1, "teacher_steps": 2, "width": 64, "height": 64},
 }
