@@ -1,6 +1,7 @@
 """run.yaml as a validated model, and the presets that fill in what it leaves out."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,6 +54,10 @@ RANK = 4096
 
 THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
+
+
+LATER = {"beta1", "input_noise"}
+"""Settings that runs had not when presets began to have defaults of their own for them."""
 
 
 Words = Annotated[str, StringConstraints(max_length=4096)]
@@ -110,6 +115,7 @@ class Config(BaseModel):
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's momentum, of student and critic")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="of AdamW")
     clip_norm: float = Field(
         10.0, gt=0, le=1e12, description="largest gradient L2 norm of an update"
@@ -122,6 +128,11 @@ class Config(BaseModel):
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
     conditioning_timestep: int = Field(
         TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    )
+    input_noise: Literal["unit", "sigma"] = Field(
+        "unit",
+        description="of the student's one step: N(0, I) as it is, or times sigma of that timestep, "
+        "as samplers without our nodes give it",
     )
     regression_weight: float = Field(
         ge=0, le=1e6, description="of the regression on pairs; 0: none"
@@ -198,6 +209,14 @@ class Config(BaseModel):
             return "Choose a LoRA preset (training: lora)."
         return f"Set lora_rank: {max(4, self.lora_rank // 2)}, or a smaller resolution."
 
+    def rate(self, step: int) -> float:
+        """Learning rate at student update `step` (from 0): linear warm-up, then the schedule."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.learning_rate * warmup
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * warmup * decay
+
     def half(self, device: torch.device) -> bool:
         """Whether networks compute in bfloat16 on this device."""
         return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
@@ -212,7 +231,11 @@ class Config(BaseModel):
 
 
 def make_config(values: dict[str, Any], source: str) -> Config:
-    """Values over preset over defaults. `source` names the file in an error."""
+    """Values over preset over defaults. `source` names the file in an error.
+
+    Where the values are every setting but those of LATER, a version of before wrote them into a
+    run's folder: what came later is then as it was without, whatever the preset has by now.
+    """
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -222,7 +245,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        config = Config.model_validate(PRESETS[preset].settings | values)
+        is_of_before = Config.model_fields.keys() - LATER <= values.keys()
+        config = Config.model_validate(({} if is_of_before else PRESETS[preset].settings) | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

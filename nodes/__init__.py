@@ -9,11 +9,13 @@ from .load import LoadDMDCheckpoint, LoadDMDLoRA
 from .model_files import register_students
 from .prompts import DMDPrompts
 from .real_images import DMDRealImages
+from .routes import register_routes
 from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
 from .save_student import DMDSaveStudent
 from .teacher_pairs import DMDTeacherPairs
 
 register_students()
+register_routes()
 
 
 class DMDOneStep(ComfyExtension):

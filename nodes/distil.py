@@ -16,7 +16,6 @@ from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.files.yaml import read_yaml
-from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.load import DIGITS_TEACHER, load
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.presets import PRESETS, presets_for
@@ -199,14 +198,8 @@ class DMDDistill(io.ComfyNode):
         node_id = str(cls.hidden.unique_id)
         file = wired_file(model, cls.hidden.prompt, node_id)
         wired = Wired(model, conditions, negative, pairs, vae, file, images)
-        widgets = {
-            "steps": steps,
-            "resolution": resolution,
-            "guidance": guidance,
-            "lora_rank": rank,
-        }
-        values = _advanced(advanced) | {key: value for key, value in widgets.items() if value}
-        values |= {"seed": seed, "preset": _preset(model) if preset == AUTO else preset}
+        family = family_of(model)
+        values = chosen(preset, family, steps, resolution, guidance, rank, seed, advanced)
         return bring_to_its_end(_config(values, run, wired), wired, node_id)
 
 
@@ -298,6 +291,25 @@ class DMDContinueRun(io.ComfyNode):
         return bring_to_its_end(config, wired, node_id)
 
 
+def chosen(
+    preset: str,
+    family: str,
+    steps: int,
+    resolution: int,
+    guidance: float,
+    rank: int,
+    seed: int,
+    advanced: str,
+) -> dict[str, Any]:
+    """The settings that the widgets name; 0 names none. Raises UserError.
+
+    family: the MODEL's, for the preset that is right for it: its first, the one for one GPU.
+    """
+    widgets = {"steps": steps, "resolution": resolution, "guidance": guidance, "lora_rank": rank}
+    values = _advanced(advanced) | {key: value for key, value in widgets.items() if value}
+    return values | {"seed": seed, "preset": presets_for(family)[0] if preset == AUTO else preset}
+
+
 def _advanced(text: str) -> dict[str, Any]:
     """Lines of run.yaml. Raises UserError for what is none, and for what a workflow may not set.
 
@@ -320,11 +332,6 @@ def _advanced(text: str) -> dict[str, Any]:
             "train by python -m dmd_train."
         )
     return {str(key): value for key, value in values.items()}
-
-
-def _preset(model: ModelPatcher) -> str:
-    """The first of the MODEL's family, which is the one for one GPU; else the one for any."""
-    return presets_for(family_of(model))[0]
 
 
 def _device(chosen: str) -> str:
@@ -367,7 +374,6 @@ def _from_file(config: Config, node_id: str) -> Wired:
     found = recognise(*peek(file), str(file))
     if found.layout in CLASS_CONDITIONAL:
         network = load(str(file), torch.device("cpu")).network
-        assert isinstance(network, EDMNetwork)
         model = edm_model(network)
         return Wired(model, all_classes(model), file=file)
     embeddings = folder_paths.get_folder_paths("embeddings")

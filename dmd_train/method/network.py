@@ -100,7 +100,11 @@ class Network(ABC):
 
     def file_tensors(self) -> dict[str, Tensor]:
         """The weights under the names they have in a file."""
-        return self.module.state_dict()
+        return self.renamed(self.module.state_dict())
+
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by their names in the module -> by those that they have in a file."""
+        return weights
 
     def canonical_name(self, name: str) -> str:
         """A layer or a weight of the module, as checkpoints and LoRAs call it.
@@ -202,6 +206,9 @@ class Wrapped(Network):
 
     def file_tensors(self) -> dict[str, Tensor]:
         return self.network.file_tensors()
+
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.network.renamed(weights)
 
     def file_metadata(self) -> dict[str, str]:
         return self.network.file_metadata()

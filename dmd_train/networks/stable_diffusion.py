@@ -107,12 +107,8 @@ class StableDiffusion(Network):
         if self.half:  # as it would be read anyway (DMD2's code)
             Module.to(self.module, torch.bfloat16)
 
-    def file_tensors(self) -> dict[str, Tensor]:
-        """Weights by their names in a single file, which ComfyUI reads for any size of UNet."""
-        return self.ldm_tensors(self.module.state_dict())
-
-    def ldm_tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under diffusers' names -> under those of a single file."""
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """diffusers' names -> those of a single file, which ComfyUI reads for any size of UNet."""
         names = unet_names(weights, self.module.config)
         return {LDM + names[key]: value for key, value in weights.items()}
 
