@@ -56,6 +56,10 @@ THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
 
 
+LATER = {"beta1", "input_noise"}
+"""Settings that runs had not when presets began to have defaults of their own for them."""
+
+
 Words = Annotated[str, StringConstraints(max_length=4096)]
 """A path or a name: what systems take of one."""
 
@@ -111,6 +115,7 @@ class Config(BaseModel):
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's momentum, of student and critic")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="of AdamW")
     clip_norm: float = Field(
         10.0, gt=0, le=1e12, description="largest gradient L2 norm of an update"
@@ -123,6 +128,11 @@ class Config(BaseModel):
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
     conditioning_timestep: int = Field(
         TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    )
+    input_noise: Literal["unit", "sigma"] = Field(
+        "unit",
+        description="of the student's one step: N(0, I) as it is, or times sigma of that timestep, "
+        "as samplers without our nodes give it",
     )
     regression_weight: float = Field(
         ge=0, le=1e6, description="of the regression on pairs; 0: none"
@@ -143,6 +153,23 @@ class Config(BaseModel):
         None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
     )
 
+    images: Words | None = Field(
+        None,
+        description="a folder of real ones, or 'digits' (scikit-learn's), for the adversarial "
+        "objective; none: without it",
+    )
+    captions: Literal["auto", "txt", "names", "folders", "none"] = Field(
+        "auto",
+        description="of the images: files beside them, their names, their folders' (of classes)",
+    )
+    flip_images: bool = Field(False, description="learn from their mirror images, too")
+    adversarial_weight: float = Field(
+        3e-3, ge=0, le=1e6, description="of the adversarial objective, for the student"
+    )
+    critic_adversarial_weight: float = Field(
+        1e-2, ge=0, le=1e6, description="of the adversarial objective, for the critic"
+    )
+
     checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -157,7 +184,7 @@ class Config(BaseModel):
         wanted = cls.model_fields[field.field_name].annotation
         if isinstance(value, bool) and wanted in (int, float):
             raise ValueError("should be a number")
-        if value == "" and field.field_name in ("teacher", "output", "decoder"):
+        if value == "" and field.field_name in ("teacher", "output", "decoder", "images"):
             raise ValueError("is empty. Name a file or a folder")
         return value
 
@@ -204,7 +231,11 @@ class Config(BaseModel):
 
 
 def make_config(values: dict[str, Any], source: str) -> Config:
-    """Values over preset over defaults. `source` names the file in an error."""
+    """Values over preset over defaults. `source` names the file in an error.
+
+    Where the values are every setting but those of LATER, a version of before wrote them into a
+    run's folder: what came later is then as it was without, whatever the preset has by now.
+    """
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -214,7 +245,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        config = Config.model_validate(PRESETS[preset].settings | values)
+        is_of_before = Config.model_fields.keys() - LATER <= values.keys()
+        config = Config.model_validate(({} if is_of_before else PRESETS[preset].settings) | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -17,6 +17,13 @@ from .run.pixels import save_picture
 from .run.report import write_report
 from .run.student import write_student
 
+SHOWN = {
+    "student/distribution_matching": "dm",
+    "student/regression": "reg",
+    "critic/denoising": "critic",
+}
+"""The losses that a bar has room for, by what it calls them."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -36,9 +43,8 @@ class StepReport:
 
     def losses(self) -> str:
         """The losses in few words, for a bar; waits for the device."""
-        named = {name.split("/")[1]: value for name, value in self.numbers().items()}
-        shown = {"distribution_matching": "dm", "regression": "reg", "denoising": "critic"}
-        return "  ".join(f"{shown[name]} {named[name]:.3f}" for name in shown if name in named)
+        numbers = self.numbers()
+        return "  ".join(f"{SHOWN[name]} {numbers[name]:.3f}" for name in SHOWN if name in numbers)
 
 
 def distil(ready: Ready) -> Generator[StepReport]:

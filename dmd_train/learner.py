@@ -25,9 +25,9 @@ def _has_bitsandbytes() -> bool:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW with beta = (0.9, 0.999), in 8 bits where the config says so."""
+    """AdamW with beta2 = 0.999, in 8 bits where the config says so."""
     require_optimizer(config)
-    lr, betas, decay = config.learning_rate, (0.9, 0.999), config.weight_decay
+    lr, betas, decay = config.learning_rate, (config.beta1, 0.999), config.weight_decay
     may_be_8bit = config.optimizer == "auto" and parameters[0].is_cuda and _has_bitsandbytes()
     kind, faster = torch.optim.AdamW, {"fused": True}
     if config.optimizer == "adamw-8bit" or may_be_8bit:

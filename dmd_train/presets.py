@@ -28,6 +28,7 @@ class Preset(NamedTuple):
 
 
 ONE_GPU = "one consumer GPU"
+MEASURED = "measured, docs/findings/what-learns.md"
 WATCH = "how often one wants to look"
 
 DIGITS_ONE_STEP = {
@@ -71,15 +72,31 @@ SD_FULL = {
     "sample_every": Choice(100, WATCH),
 }
 
-SD_LORA = SD_FULL | {
-    "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
-    "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
-    "micro_batch_size": Choice(4, ONE_GPU),
-    "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
-    "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
-    "lora_rank": Choice(64, "D2 B.5"),
-    "lora_alpha": Choice(8.0, "D2 B.5"),
+STOCK = {
+    "conditioning_timestep": Choice(499, f"{MEASURED}; at 999 small batches learn little"),
+    "input_noise": Choice("sigma", f"{MEASURED}; exact in a stock ComfyUI"),
 }
+
+FEW_PAIRS = {
+    "beta1": Choice(0.0, MEASURED),
+    "regression_weight": Choice(2.0, f"{MEASURED}; to the end, or it is undone"),
+    "pairs": Choice(256, f"{MEASURED}; a fortieth of the run's cost"),
+}
+
+SD_LORA = (
+    SD_FULL
+    | STOCK
+    | FEW_PAIRS
+    | {
+        "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
+        "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
+        "micro_batch_size": Choice(4, ONE_GPU),
+        "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
+        "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
+        "lora_rank": Choice(64, "D2 B.5"),
+        "lora_alpha": Choice(8.0, "D2 B.5"),
+    }
+)
 
 SDXL = {
     "steps": Choice(5000, "D2 B.5: 25,000 iterations, 5 critic updates for one"),
@@ -87,14 +104,20 @@ SDXL = {
     "micro_batch_size": Choice(1, ONE_GPU),
     "critic_updates": Choice(5, "D2 B.5, SDXL"),
     "guidance": Choice(8.0, "D2 B.5, SDXL"),
-    "conditioning_timestep": Choice(399, "D2 4.5: 999 gives block noise"),
     "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
     "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
     "pair_sampler": Choice("euler", "D2 B.4, trailing"),
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 
+SDXL_FULL = {
+    "learning_rate": Choice(5e-7, "D2 B.5, SDXL"),
+    "conditioning_timestep": Choice(399, "D2 4.5: 999 gives block noise"),
+}
+
 ANY = {
+    "conditioning_timestep": Choice(999, "all that flow models have"),
+    "input_noise": Choice("unit", "as at 999"),
     "micro_batch_size": Choice(1, "other models are mostly larger: " + ONE_GPU),
     "learning_rate": Choice(5e-5, "D2 B.5, LoRA for SDXL; untuned"),
     "critic_updates": Choice(10, "D2 B.5, SD 1.5; untuned, of the two published the safer"),
@@ -128,16 +151,16 @@ DMD2 = SD_FULL | {
 PRESETS: dict[str, Preset] = {
     "digits-one-step": Preset("the embedded digits, minutes", DIGITS_ONE_STEP),
     "sd15-one-step-lora": Preset("SD 1.x on one GPU, gives a LoRA", SD_LORA),
-    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL),
+    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sd2-one-step-lora": Preset("SD 2.x on one GPU, gives a LoRA", SD_LORA),
-    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL),
+    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sdxl-one-step-lora": Preset(
-        "SDXL on one GPU, gives a LoRA; warms up on pairs",
+        "SDXL on one GPU, gives a LoRA; warms up on pairs, and keeps them",
         SD_LORA | SDXL | {"lora_rank": Choice(32, "64 of D2 B.5 does not fit 16 GB twice")},
     ),
     "sdxl-one-step-full": Preset(
         "SDXL, three networks, several GPUs; warms up on pairs",
-        SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
+        SD_FULL | SDXL | SDXL_FULL,
     ),
     "any-one-step-lora": Preset(
         "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
@@ -145,6 +168,25 @@ PRESETS: dict[str, Preset] = {
     "sd15-paper": Preset("DMD as published: pairs and LPIPS, a cluster", PAPER),
     "sd15-dmd2": Preset("DMD2's first stage as published, a cluster", DMD2),
 }
+
+
+BEFORE_MEASURED: dict[str, Any] = {
+    "conditioning_timestep": 999,
+    "input_noise": "unit",
+    "beta1": 0.9,
+    "regression_weight": 0.0,
+    "pairs": 1000,
+}
+
+FORMER: dict[str, dict[str, Any]] = {
+    "sd15-one-step-lora": BEFORE_MEASURED,
+    "sd15-one-step-full": BEFORE_MEASURED,
+    "sd2-one-step-lora": BEFORE_MEASURED,
+    "sd2-one-step-full": BEFORE_MEASURED,
+    "sdxl-one-step-lora": BEFORE_MEASURED | {"conditioning_timestep": 399},
+    "any-one-step-lora": BEFORE_MEASURED,
+}
+"""What presets said in earlier versions, and say no longer: runs begun so go on so."""
 
 
 def families_of(preset: str) -> list[str]:

@@ -8,6 +8,7 @@ from .distil import DMDContinueRun, DMDDistill
 from .load import LoadDMDCheckpoint, LoadDMDLoRA
 from .model_files import register_students
 from .prompts import DMDPrompts
+from .real_images import DMDRealImages
 from .routes import register_routes
 from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
 from .save_student import DMDSaveStudent
@@ -30,6 +31,7 @@ class DMDOneStep(ComfyExtension):
             DMDSaveStudent,
             DMDPrompts,
             DMDTeacherPairs,
+            DMDRealImages,
             DMDDistill,
             DMDContinueRun,
         ]

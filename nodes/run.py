@@ -24,10 +24,11 @@ from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
 from ..dmd_train.networks.loaded import Loaded
 from ..dmd_train.run.folder import RunFolder, require_teacher
-from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
+from .engine_network import engine_network
 from .model_files import PACK
 from .model_recipe import recipe_of
+from .patched_copy import is_quantised
 from .progress import Progress, say
 from .run_folders import name_of
 from .student_model import student_model, student_of
@@ -101,7 +102,9 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     say("copying the model", node_id)
     network, conditions = engine_network(wired, config)
     pairs = None if wired.pairs is None else _wired_pairs(wired.pairs, network, wired)
-    preparation = prepare(run, _loaded(network, wired), conditions=conditions, pairs=pairs)
+    real = wired.images.for_run(config, network) if wired.images else None
+    loaded = _loaded(network, wired)
+    preparation = prepare(run, loaded, conditions=conditions, pairs=pairs, real=real)
     try:
         with _every_call_may_stop(network.module):
             ready = carried_out(preparation, Preparing(node_id).tell)

@@ -1,13 +1,15 @@
 """How a student must be sampled. Travels inside its file, as safetensors metadata."""
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import UserError, shown
-from .noise import TIMESTEPS
+from .noise import TIMESTEPS, VP
 
 RECIPE_KEY = "dmd.recipe"
 NOT_FALLING = "not_falling"
@@ -17,6 +19,21 @@ LICENSE = 50_000
 
 SIZES = range(8, 8193)
 """Pixels a side that a file may say it draws."""
+
+
+class StockSettings(NamedTuple):
+    """Of ComfyUI's own sampler, beside cfg 1 and an empty latent. denoise: of two decimals."""
+
+    steps: int
+    denoise: float
+
+    def __str__(self) -> str:
+        return f"steps {self.steps}, cfg 1, lcm, simple, denoise {self.denoise:g}"
+
+
+def simple(steps: int) -> tuple[int, ...]:
+    """Timesteps of ComfyUI's scheduler of that name."""
+    return tuple(TIMESTEPS - 1 - int(i * (TIMESTEPS / steps)) for i in range(steps))
 
 
 class Recipe(BaseModel):
@@ -57,8 +74,33 @@ class Recipe(BaseModel):
         """Network function evaluations an image."""
         return len(self.timesteps)
 
+    @property
+    def stock(self) -> "StockSettings | None":
+        """Those by which ComfyUI's own sampler draws it, without ours; None: it does not.
+
+        Its scheduler "simple" with N steps takes every N-th timestep of the model's 1000, and at
+        denoise n/N the last n of them. At denoise 1 it starts from N(0, I), else from sigma_t z.
+        Of more than one step the sampler is lcm, which adds fresh noise between them.
+        """
+        if self.prediction == "edm":
+            return None
+        n, scale = len(self.timesteps), 1.0
+        first = torch.tensor(self.timesteps[:1])
+        is_vp = self.prediction != "flow"
+        for total in range(n, 20 * n + 1 if is_vp else n + 1):
+            if total > n:
+                scale = float(VP.scaled_linear().sigma(first))
+            is_same = math.isclose(self.noise_scale, scale, rel_tol=1e-5)
+            denoise = round(n / total, 2)
+            if is_same and simple(total)[-n:] == self.timesteps and int(n / denoise) == total:
+                return StockSettings(n, denoise)
+        return None
+
     def to_metadata(self, title: str, shape: tuple[int, int, int]) -> dict[str, str]:
         """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
+        hint = f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1"
+        if self.stock:
+            hint += f"; in a stock ComfyUI {self.stock}"
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": self.family,
@@ -68,7 +110,7 @@ class Recipe(BaseModel):
             "license": self.license,
             "resolution": f"{shape[2]}x{shape[1]}",
             "timestep_range": f"{min(self.timesteps)},{max(self.timesteps) + 1}",
-            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1",
+            "usage_hint": hint,
         }
         standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
         if standard_name:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..config import Config
 from ..errors import UserError
 from ..method.network import Network
@@ -40,13 +42,16 @@ def one_step_recipe(loaded: Loaded, config: Config) -> Recipe:
             f"Give the model that it was made from ({loaded.recipe.teacher})."
         )
     timestep = config.conditioning_timestep
+    scale = teacher.noise.start_scale
+    if config.input_noise == "sigma":
+        scale = float(teacher.noise.sigma(torch.tensor([timestep])))
     if timestep != teacher.noise.last and not isinstance(teacher.noise, VP):
         raise UserError(f"conditioning_timestep: {teacher.family} networks have 999 alone.")
     return Recipe(
         family=teacher.family,
         prediction=teacher.prediction,
         timesteps=(timestep,),
-        noise_scale=teacher.noise.start_scale,
+        noise_scale=scale,
         baked_guidance=config.guidance,
         teacher=loaded.source,
         teacher_sha256=loaded.sha256,

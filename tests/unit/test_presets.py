@@ -1,15 +1,20 @@
 """Which preset is for which model, and what `presets` says of it."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from kit.command_line import Command
 from kit.tiny import constant
 
-from dmd_train.config import Config, make_config
+from dmd_train.config import LATER, Config, load_config, make_config
 from dmd_train.errors import UserError
 from dmd_train.families import FAMILIES
+from dmd_train.files.write import make_folder
 from dmd_train.networks.loaded import Loaded
 from dmd_train.prepare import require_possible
-from dmd_train.presets import PRESETS, presets_for
+from dmd_train.presets import FORMER, PRESETS, presets_for
+from dmd_train.run.folder import RunFolder
 
 
 def model_of(family: str) -> Loaded:
@@ -44,9 +49,8 @@ def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
         require_possible(of_preset("sd2-one-step-lora"), model_of("sdxl"))
 
 
-def test_the_preset_for_any_model_needs_no_pairs_and_gives_a_lora() -> None:
+def test_the_preset_for_any_model_is_for_the_last_timestep_and_gives_a_lora() -> None:
     whole = of_preset("any-one-step-lora")
-    assert not whole.needs_pairs
     assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
     assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
 
@@ -64,3 +68,25 @@ def test_presets_prints_every_number_with_its_source(
             cells = [cell.strip() for cell in line.strip("│┃ ").split("│")]
             assert cells == [key, str(choice.value), choice.source]
             assert choice.source.strip() and key in Config.model_fields
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_a_run_begun_before_a_preset_was_measured_goes_on_as_it_was(
+    name: str, tmp_path: Path
+) -> None:
+    """Its run.yaml was written by a version that had fewer settings, too."""
+    told = {"teacher": "a model", "output": str(tmp_path / "run"), "preset": name}
+    written = of_preset(name).model_dump(mode="json") | FORMER[name] | told
+    make_folder(tmp_path / "run")
+    begun = {key: value for key, value in written.items() if key not in LATER}
+    (tmp_path / "run/run.yaml").write_text(yaml.safe_dump(begun))
+    with RunFolder(make_config(told, "the same run.yaml as then")) as run:
+        assert run.config.model_dump(mode="json") == written
+        assert "conditioning_timestep: " in "".join(run.notes) or name == "any-one-step-lora"
+    assert load_config(tmp_path / "run/run.yaml", []) == run.config
+
+
+def test_what_a_preset_says_now_is_not_what_it_said() -> None:
+    for name, said in FORMER.items():
+        assert said.items() - PRESETS[name].settings.items()
+        assert said.keys() <= Config.model_fields.keys()

@@ -52,7 +52,7 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     weights = weights if teacher.is_dir() else teacher
     before = hash_of(weights)
     settings = {"teacher": str(teacher), "preset": preset, "resolution": 64, "steps": 3} | extra
-    run_yaml = write_sd_run(**settings, gradient_checkpointing=None)
+    run_yaml = write_sd_run(**settings, gradient_checkpointing=None, regression_weight=None)
     outcome = dmd("train", run_yaml)
     assert outcome.code == 0, outcome.out + outcome.err
     form = "lora" if preset.endswith("lora") else "unet"
@@ -63,7 +63,8 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     assert [row["step"] for row in rows] == list(range(1, settings["steps"] + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert "critic/denoising" in rows[-1] and rows[-1]["critic/gradient_norm"] > 0
-    assert ("student/regression" in rows[-1]) == (preset == "sd15-paper")
+    has = PRESETS[preset].settings
+    assert ("student/regression" in rows[-1]) == (has["regression_weight"] > 0)
     assert (run / "curves.png").exists()
 
     assert hash_of(weights) == before
@@ -71,9 +72,10 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     recipe = read_recipe(metadata, "student")
     assert recipe
     assert (recipe.family, recipe.prediction) == (family, prediction)
-    assert recipe.timesteps == ((399,) if family == "sdxl" else (999,))
+    assert recipe.timesteps == (has.get("conditioning_timestep", 999),)
+    assert bool(recipe.stock) == (preset != "sdxl-one-step-full")
     assert recipe.teacher == teacher.stem and recipe.teacher_sha256 == before
-    assert recipe.baked_guidance == PRESETS[preset].settings["guidance"]
+    assert recipe.baked_guidance == has["guidance"]
     assert metadata["modelspec.resolution"] == "64x64"
     assert {value.dtype for value in tensors.values()} == {torch.float16}
     assert all(value.isfinite().all() for value in tensors.values())
