@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..config import Config
 from ..files.write import write_text
-from ..presets import PRESETS
+from ..presets import FORMER, PRESETS
 from .folder import RunFolder
 from .series import Series, Values, thinned
 
@@ -33,13 +33,15 @@ LOSSES, NORMS, RATE, OTHERS = "losses", "gradient norms", "learning rate", "othe
 CURVES = {
     "student/distribution_matching": (LOSSES, "distribution matching (shows no progress)"),
     "student/regression": (LOSSES, "student's regression on pairs"),
+    "student/adversarial": (LOSSES, "student's adversarial"),
     "critic/denoising": (LOSSES, "critic's denoising"),
+    "critic/adversarial": (LOSSES, "critic's adversarial"),
     "student/gradient_norm": (NORMS, "student"),
     "critic/gradient_norm": (NORMS, "critic"),
 }
 """Names in metrics.jsonl -> the chart they are drawn in, and what they are called there."""
 
-PATHS = ("teacher", "prompts", "output", "decoder")
+PATHS = ("teacher", "prompts", "images", "output", "decoder")
 """Settings of which a page names the last part alone: it may be sent to somebody."""
 
 PANEL = "panel"
@@ -141,6 +143,8 @@ def settings(config: Config) -> list[dict[str, str]]:
         field, choice = Config.model_fields[key], choices.get(key)
         if choice and value == choice.value:
             source = choice.source
+        elif choice and value == FORMER.get(config.preset, {}).get(key):
+            source = "the preset's, when the run was begun"
         elif choice:
             source = f"chosen for this run; the preset has {choice.value}"
         elif not field.is_required() and value == field.default:
