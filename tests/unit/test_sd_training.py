@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 PRESET_RUNS = {
     "sd15-one-step-lora": ("sd15", "sd1", "eps", {"batch_size": 2}),
     "sd15-one-step-full": ("sd15", "sd1", "eps", {}),
+    "sd15-four-step-lora": ("micro", "sd1", "eps", {}),
+    "sd15-two-step-lora": ("micro", "sd1", "eps", {}),
+    "sdxl-four-step-lora": ("micro", "sdxl", "eps", {}),
     "sd15-dmd2": ("micro", "sd1", "eps", {}),
     "sd15-paper": ("micro", "sd1", "eps", {"regression_loss": "pseudo-huber"}),
     "sd2-one-step-lora": ("sd2-v", "sd2", "v", {"steps": 2}),
@@ -72,7 +75,8 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     recipe = read_recipe(metadata, "student")
     assert recipe
     assert (recipe.family, recipe.prediction) == (family, prediction)
-    assert recipe.timesteps == (has.get("conditioning_timestep", 999),)
+    assert list(recipe.timesteps) == has.get("timesteps", [999])
+    assert recipe.sampler == has.get("sampler", "stochastic")
     assert bool(recipe.stock) == (preset != "sdxl-one-step-full")
     assert recipe.teacher == teacher.stem and recipe.teacher_sha256 == before
     assert recipe.baked_guidance == has["guidance"]
@@ -82,10 +86,10 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     if form == "lora":
         assert all(key.startswith("lora_unet_") for key in tensors)
     else:
-        own = {k for k in tensors if k.startswith("model.diffusion_model.")}
-        assert own == tensors.keys()
+        unet = {k for k in tensors if k.startswith("model.diffusion_model.")}
+        assert unet == tensors.keys()
         if teacher.is_file():
-            assert own == {k for k in load_file(teacher) if k.startswith("model.diffusion_model.")}
+            assert unet == {k for k in load_file(teacher) if k.startswith("model.diffusion_model.")}
     values = state(run)
     # as many critic tensors as the student's; without an average, no third copy
     assert {key.split("/")[0] for key in values} == {"student", "critic"} | (
