@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..config import Config
 from ..files.write import write_text
-from ..presets import FORMER, PRESETS
+from ..presets import PRESETS
 from .folder import RunFolder
 from .series import Series, Values, thinned
 
@@ -143,14 +143,12 @@ def settings(config: Config) -> list[dict[str, str]]:
         field, choice = Config.model_fields[key], choices.get(key)
         if choice and value == choice.value:
             source = choice.source
-        elif choice and value == FORMER.get(config.preset, {}).get(key):
-            source = "the preset's, when the run was begun"
         elif choice:
-            source = f"chosen for this run; the preset has {choice.value}"
+            source = f"this run's own; the preset has {choice.value}"
         elif not field.is_required() and value == field.default:
             source = "default"
         else:
-            source = "chosen for this run"
+            source = "this run's own"
         shown = Path(value).name if key in PATHS and value else value
         if shown not in (None, []):
             rows.append({"key": key, "value": _word(shown), "source": source})
