@@ -135,15 +135,18 @@ ANY = {
 
 SEVERAL_STEPS = {
     "sampler": Choice("deterministic", STEPS_MEASURED),
-    "input_noise": Choice("unit", STEPS_MEASURED),
+    "input_noise": Choice("sigma", f"{STEPS_MEASURED}; exact in a stock ComfyUI"),
     "regression_weight": Choice(2.0, STEPS_MEASURED),
     "regression_warmup_steps": Choice(0, "a warm-up that ends is undone, docs/findings"),
     "regression_loss": Choice("mse", STEPS_MEASURED),
     "pairs": Choice(256, STEPS_MEASURED),
 }
-FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 524, 349, 174], STEPS_MEASURED)}
-TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 349], STEPS_MEASURED)}
-FOUR_OF_ANY = {"timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999")}
+FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 499, 333, 166], STEPS_MEASURED)}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 333], "as of four; not measured alone")}
+FOUR_OF_ANY = {
+    "timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999"),
+    "input_noise": Choice("unit", "as at 999"),
+}
 TRAILING = {
     "pair_sampler": Choice("dpmpp-2m", "begins at 999, as the student does"),
     "pair_steps": Choice(25, "measured with 12 on small networks; untuned"),

@@ -106,7 +106,7 @@ class Recipe(BaseModel):
             if total > n:
                 scale = float(VP.scaled_linear().sigma(first))
             is_same = math.isclose(self.noise_scale, scale, rel_tol=1e-5)
-            denoise = round(n / total, 2)
+            denoise = math.floor(100 * n / total) / 100
             if is_same and simple(total)[-n:] == self.timesteps and int(n / denoise) == total:
                 return StockSettings(n, sampler, denoise)
         return None

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from kit.command_line import Command
 from kit.tiny import constant
@@ -11,6 +12,8 @@ from dmd_train.config import LATER, Config, load_config, make_config
 from dmd_train.errors import UserError
 from dmd_train.families import FAMILIES
 from dmd_train.files.write import make_folder
+from dmd_train.method.noise import VP
+from dmd_train.method.recipe import Recipe
 from dmd_train.networks.loaded import Loaded
 from dmd_train.prepare import require_possible
 from dmd_train.presets import PRESETS, presets_for
@@ -42,14 +45,21 @@ def test_two_presets_are_no_familys() -> None:
     assert PRESETS.keys() - named == set(ANY)
 
 
-def test_several_steps_of_a_preset_are_what_stock_ksamplers_simple_schedule_takes() -> None:
-    """Even parts of the way down from the first, where our loaders begin a MODEL's schedule."""
+def test_students_of_several_steps_need_no_node_of_ours() -> None:
+    """The stock KSampler draws them exactly, see Recipe.stock."""
+    noise = VP.scaled_linear()
     for name in PRESETS:
-        timesteps = of_preset(name).timesteps
-        if len(timesteps) > 1:
-            part = (timesteps[0] + 1) / len(timesteps)
-            assert timesteps == tuple(int(part * i) - 1 for i in range(len(timesteps), 0, -1))
-            assert of_preset(name).sampler == "deterministic"
+        config = of_preset(name)
+        if len(config.timesteps) > 1:
+            sigma = float(noise.sigma(torch.tensor(config.timesteps[:1])))
+            recipe = Recipe(
+                family="any",
+                prediction="eps",
+                timesteps=config.timesteps,
+                sampler=config.sampler,
+                noise_scale=sigma if config.input_noise == "sigma" else 1.0,
+            )
+            assert recipe.stock and recipe.stock.sampler == "euler"
 
 
 def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
