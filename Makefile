@@ -1,11 +1,12 @@
 # make demo: distil the embedded teacher, the main job.   make test: everything CI checks.
 # make quick: lint, types and the quick unit tests, in two minutes.   make format: ruff's own way.
+# make lowest: the demo, short, and the quick unit tests on the oldest versions that are allowed.
 # make comfy: a ComfyUI of its own with this pack in it, until Ctrl-C.
 PYTHON ?= python3
 BIN := .venv/bin
 SET :=
 
-.PHONY: demo test quick lint format comfy
+.PHONY: demo test quick lowest lint format comfy
 
 demo: .venv/runtime
 	$(BIN)/python -m dmd_train demo $(SET)
@@ -19,6 +20,17 @@ test: lint
 
 quick: lint
 	$(PYTEST) -m "not long" tests/unit
+
+# exactly what requirements.txt begins at, in a venv of its own
+LOWEST := .venv-lowest
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	sed 's/>=/==/' requirements.txt > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
+		-r $(LOWEST)/requirements.txt pytest tensorboard
+	$(LOWEST)/bin/python -m dmd_train demo \
+		--set steps=200 --set pairs=1000 --set output=runs/lowest $(SET)
+	$(LOWEST)/bin/python -m pytest -m "not long" tests/unit
 
 lint: .venv/runtime .venv/test
 	$(BIN)/ruff check .

@@ -44,7 +44,9 @@ COMMON: Row = {
     "schedule": "cosine",
     "ema_decay": 0.95,
     "guidance": 1.5,
-    "conditioning_timestep": 399,
+    "timesteps": [399],
+    "input_noise": "unit",
+    "beta1": 0.9,
     "regression_weight": 0.0,
     "regression_warmup_steps": 0,
     "regression_loss": "mse",
@@ -57,14 +59,14 @@ COMMON: Row = {
 }
 BASES: dict[str, Row] = {
     "M": COMMON
-    | {"steps": 200, "learning_rate": 3e-3, "lora_rank": 8, "lora_alpha": 8.0}
+    | {"steps": 150, "learning_rate": 3e-3, "lora_rank": 8, "lora_alpha": 8.0}
     | {"critic_updates": 5},
     "C": COMMON
     | {"steps": 60, "learning_rate": 2e-3, "lora_rank": 16, "lora_alpha": 16.0}
     | {"critic_updates": 2},
 }
 
-STOCK: Row = {"conditioning_timestep": 499, "noise": "sigma"}
+STOCK: Row = {"timesteps": [499], "input_noise": "sigma"}
 """What a stock KSampler draws exactly."""
 
 FEW: Row = {"regression_weight": 2.0}
@@ -96,92 +98,71 @@ class Series:
     seeds: tuple[int, ...] = (0, 1)
 
 
-T, NOISE = "conditioning_timestep", "noise"
-ALONE = {"regression_warmup_steps": 10**6}
+T, NOISE = "timesteps", "input_noise"
+ALONE: Row = {"regression_warmup_steps": 10**6}
+"""The whole run on pairs alone."""
+
+CALM: Row = {"beta1": 0.0}
+
 SERIES: dict[str, Series] = {
-    "timestep": Series(
-        "M",
-        [
-            *({T: t} for t in (249, 399, 499, 599, 749, 999)),
-            *({T: t, NOISE: "sigma"} for t in (399, 499, 599)),
-        ],
-    ),
-    "coloured": Series(
-        "C",
-        [
-            {T: 399},
-            STOCK,
-            {T: 999},
-            STOCK | FEW,
-            STOCK | FEW | {"beta1": 0.0},
-            STOCK | {"beta1": 0.0},
-        ],
-    ),
+    "timestep": Series("M", [{T: [399]}, {T: [499]}, STOCK, {T: [999]}]),
+    "beta1": Series("M", [STOCK, STOCK | CALM, STOCK | FEW, STOCK | FEW | CALM]),
     "pairs": Series(
         "M",
         [
             STOCK,
-            *(STOCK | FEW | {"pairs": pairs} for pairs in (64, 256, 1024)),
-            *(STOCK | FEW | ALONE | {"pairs": pairs} for pairs in (64, 256, 1024)),
-            STOCK | {"pairs": 256, "regression_warmup_steps": 100},
+            *(STOCK | FEW | {"pairs": pairs} for pairs in (64, 256)),
+            *(STOCK | FEW | ALONE | {"pairs": pairs} for pairs in (64, 256)),
+            STOCK | {"pairs": 256, "regression_warmup_steps": 75},
         ],
     ),
-    "beta1": Series(
-        "M", [STOCK, STOCK | {"beta1": 0.0}, STOCK | FEW, STOCK | FEW | {"beta1": 0.0}]
+    "coloured": Series(
+        "C",
+        [{T: [399]}, STOCK, {T: [999]}, STOCK | FEW, STOCK | FEW | CALM, STOCK | CALM],
+        (0,),
     ),
-    "weight": Series("M", [STOCK | {"regression_weight": w} for w in (0.25, 0.5, 2.0, 8.0)]),
-    "matching guidance": Series(
-        "M",
-        [STOCK | few | {"matching_guidance": g} for few in ({}, FEW) for g in (1.0, 1.2, 1.5)],
-    ),
+    "coloured again": Series("C", [STOCK | FEW, STOCK | FEW | CALM], (1,)),
+    "loss": Series("M", [STOCK | FEW, STOCK | FEW | {"regression_loss": "pseudo-huber"}], (0,)),
     "guidance": Series(
         "M",
-        [
-            {"guidance": g} | row
-            for g in (3.0, 7.5)
-            for row in ({T: 399}, STOCK, STOCK | FEW, {T: 999})
-        ],
+        [{"guidance": g} | row for g in (3.0, 7.5) for row in (STOCK | FEW, STOCK, {T: [399]})],
         (0,),
     ),
     "critic updates": Series(
         "M",
         [
             at_equal_cost("M", STOCK | few | {"critic_updates": n})
-            for few in ({}, FEW)
+            for few in (FEW, {})
             for n in (1, 2, 5, 10)
         ],
+        (0,),
     ),
+    "matching guidance": Series(
+        "M", [STOCK | few | {"matching_guidance": 1.2} for few in ({}, FEW)]
+    ),
+    "weight": Series("M", [STOCK | {"regression_weight": w} for w in (0.25, 2.0, 8.0)], (0,)),
     "critic": Series(
         "M",
         [
             STOCK,
+            *(STOCK | {"towards_student": share} for share in (0.01, 0.05)),
             *(STOCK | {"critic_rate": factor} for factor in (0.3, 3.0)),
             STOCK | {"head_start": 30},
-            *(STOCK | {"towards_student": share} for share in (0.01, 0.05)),
         ],
+        (0,),
     ),
     "range": Series("M", [STOCK | {"t_max": t} for t in (980, 700, 500)], (0,)),
     "batch": Series("M", [STOCK | FEW | {"batch_size": b} for b in (1, 2, 4, 8)], (0,)),
     "rank": Series(
         "M", [STOCK | FEW | {"lora_rank": r, "lora_alpha": float(r)} for r in (2, 8, 32)], (0,)
     ),
+    "other timesteps": Series(
+        "M",
+        [*({T: [t]} for t in (249, 599, 749)), *({T: [t], NOISE: "sigma"} for t in (399, 599))],
+        (0,),
+    ),
+    "many pairs": Series("M", [STOCK | FEW | more | {"pairs": 1024} for more in ({}, ALONE)], (0,)),
 }
-
-
-def set_noise(ready: Ready, scale: str) -> None:
-    """The student's input is sigma_t z, as a teacher's at t nearly is, in place of z."""
-    assert scale == "sigma"
-    state = ready.state
-    t = torch.tensor(state.recipe.timesteps[:1])
-    sigma = float(state.roles.teacher.network.noise.sigma(t))
-    state.recipe = state.recipe.model_copy(update={"noise_scale": sigma})
-
-
-def set_beta1(ready: Ready, beta1: float) -> None:
-    """Adam's, of student and critic."""
-    for learner in (ready.state.student, ready.state.critic):
-        for group in learner.optimizer.param_groups:
-            group["betas"] = (beta1, 0.999)
 
 
 def set_matching_guidance(ready: Ready, guidance: float) -> None:
@@ -220,8 +201,6 @@ def set_towards_student(ready: Ready, share: float) -> None:
 
 
 CHANGES: dict[str, Callable[[Ready, Any], None]] = {
-    "noise": set_noise,
-    "beta1": set_beta1,
     "matching_guidance": set_matching_guidance,
     "critic_rate": set_critic_rate,
     "head_start": set_head_start,

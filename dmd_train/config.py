@@ -1,6 +1,7 @@
 """run.yaml as a validated model, and the presets that fill in what it leaves out."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,14 +54,18 @@ PIXELS = 8192
 RANK = 4096
 """Highest rank: beyond nearly every layer's width."""
 
-LATER = ("sampler",)
-"""Settings that runs of before did not have: at their defaults they do what those did."""
-
 STEPS = 8
 """Most steps of a student: DMD's kind has four (DMD2 4.4), the largest of later work eight."""
 
 THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
+
+
+LATER = {
+    *("beta1", "input_noise", "sampler"),
+    *("images", "captions", "flip_images", "adversarial_weight", "critic_adversarial_weight"),
+}
+"""Settings that the first runs did not have: at their defaults they do what those did."""
 
 
 Words = Annotated[str, StringConstraints(max_length=4096)]
@@ -118,6 +123,7 @@ class Config(BaseModel):
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's momentum, of student and critic")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="of AdamW")
     clip_norm: float = Field(
         10.0, gt=0, le=1e12, description="largest gradient L2 norm of an update"
@@ -135,6 +141,11 @@ class Config(BaseModel):
         "stochastic",
         description="the student's between its steps; stochastic: fresh noise, "
         "deterministic: its own again",
+    )
+    input_noise: Literal["unit", "sigma"] = Field(
+        "unit",
+        description="of the student's one step: N(0, I) as it is, or times sigma of that timestep, "
+        "as samplers without our nodes give it",
     )
     regression_weight: float = Field(
         ge=0, le=1e6, description="of the regression on pairs; 0: none"
@@ -155,6 +166,23 @@ class Config(BaseModel):
         None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
     )
 
+    images: Words | None = Field(
+        None,
+        description="a folder of real ones, or 'digits' (scikit-learn's), for the adversarial "
+        "objective; none: without it",
+    )
+    captions: Literal["auto", "txt", "names", "folders", "none"] = Field(
+        "auto",
+        description="of the images: files beside them, their names, their folders' (of classes)",
+    )
+    flip_images: bool = Field(False, description="learn from their mirror images, too")
+    adversarial_weight: float = Field(
+        3e-3, ge=0, le=1e6, description="of the adversarial objective, for the student"
+    )
+    critic_adversarial_weight: float = Field(
+        1e-2, ge=0, le=1e6, description="of the adversarial objective, for the critic"
+    )
+
     checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -169,7 +197,7 @@ class Config(BaseModel):
         wanted = cls.model_fields[field.field_name].annotation
         if isinstance(value, bool) and wanted in (int, float):
             raise ValueError("should be a number")
-        if value == "" and field.field_name in ("teacher", "output", "decoder"):
+        if value == "" and field.field_name in ("teacher", "output", "decoder", "images"):
             raise ValueError("is empty. Name a file or a folder")
         return value
 
@@ -203,6 +231,14 @@ class Config(BaseModel):
             return "Choose a LoRA preset (training: lora)."
         return f"Set lora_rank: {max(4, self.lora_rank // 2)}, or a smaller resolution."
 
+    def rate(self, step: int) -> float:
+        """Learning rate at student update `step` (from 0): linear warm-up, then the schedule."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.learning_rate * warmup
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * warmup * decay
+
     def half(self, device: torch.device) -> bool:
         """Whether networks compute in bfloat16 on this device."""
         return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
@@ -217,8 +253,13 @@ class Config(BaseModel):
 
 
 def make_config(values: dict[str, Any], source: str) -> Config:
-    """Values over preset over defaults. `source` names the file in an error."""
-    values = _as_named_now(values)
+    """Values over preset over defaults; model_fields_set is the values' keys.
+
+    Where the values are every setting but those of LATER, a version of before wrote them into a
+    run's folder: what came later is then as it was without, whatever the preset has by now.
+    `source` names the file in an error.
+    """
+    values = as_named_now(values)
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -228,7 +269,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        config = Config.model_validate(_as_named_now(PRESETS[preset].settings) | values)
+        is_of_before = Config.model_fields.keys() - LATER <= values.keys()
+        config = Config.model_validate(({} if is_of_before else PRESETS[preset].settings) | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -239,10 +281,10 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
     if config.resolution % 64:
         raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
-    return config
+    return Config.model_construct(set(values), **dict(config))
 
 
-def _as_named_now(values: dict[str, Any]) -> dict[str, Any]:
+def as_named_now(values: dict[str, Any]) -> dict[str, Any]:
     """Settings under today's names. Of one said twice the last counts, an override."""
     now: dict[str, Any] = {}
     for key, value in values.items():

@@ -28,6 +28,8 @@ class Preset(NamedTuple):
 
 
 ONE_GPU = "one consumer GPU"
+MEASURED = "measured, docs/findings/what-learns.md"
+STEPS_MEASURED = "measured, docs/findings/four-steps.md"
 WATCH = "how often one wants to look"
 
 DIGITS_ONE_STEP = {
@@ -71,15 +73,31 @@ SD_FULL = {
     "sample_every": Choice(100, WATCH),
 }
 
-SD_LORA = SD_FULL | {
-    "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
-    "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
-    "micro_batch_size": Choice(4, ONE_GPU),
-    "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
-    "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
-    "lora_rank": Choice(64, "D2 B.5"),
-    "lora_alpha": Choice(8.0, "D2 B.5"),
+STOCK = {
+    "timesteps": Choice([499], f"{MEASURED}; at 999 small batches learn little"),
+    "input_noise": Choice("sigma", f"{MEASURED}; exact in a stock ComfyUI"),
 }
+
+FEW_PAIRS = {
+    "beta1": Choice(0.0, MEASURED),
+    "regression_weight": Choice(2.0, f"{MEASURED}; to the end, or it is undone"),
+    "pairs": Choice(256, f"{MEASURED}; a fortieth of the run's cost"),
+}
+
+SD_LORA = (
+    SD_FULL
+    | STOCK
+    | FEW_PAIRS
+    | {
+        "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
+        "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
+        "micro_batch_size": Choice(4, ONE_GPU),
+        "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
+        "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
+        "lora_rank": Choice(64, "D2 B.5"),
+        "lora_alpha": Choice(8.0, "D2 B.5"),
+    }
+)
 
 SDXL = {
     "steps": Choice(5000, "D2 B.5: 25,000 iterations, 5 critic updates for one"),
@@ -87,16 +105,22 @@ SDXL = {
     "micro_batch_size": Choice(1, ONE_GPU),
     "critic_updates": Choice(5, "D2 B.5, SDXL"),
     "guidance": Choice(8.0, "D2 B.5, SDXL"),
-    "timesteps": Choice([399], "D2 4.5: 999 gives block noise"),
     "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
     "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
     "pair_sampler": Choice("euler", "D2 B.4, trailing"),
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 
+SDXL_FULL = {
+    "learning_rate": Choice(5e-7, "D2 B.5, SDXL"),
+    "timesteps": Choice([399], "D2 4.5: 999 gives block noise"),
+}
+
 SDXL_RANK = Choice(32, "64 of D2 B.5 does not fit 16 GB twice")
 
 ANY = {
+    "timesteps": Choice([999], "all that flow models have"),
+    "input_noise": Choice("unit", "as at 999"),
     "micro_batch_size": Choice(1, "other models are mostly larger: " + ONE_GPU),
     "learning_rate": Choice(5e-5, "D2 B.5, LoRA for SDXL; untuned"),
     "critic_updates": Choice(10, "D2 B.5, SD 1.5; untuned, of the two published the safer"),
@@ -106,16 +130,16 @@ ANY = {
     "pair_steps": Choice(28, "SD3 medium's, in SD3.5's reference code"),
 }
 
-MEASURED = "measured, docs/findings/four-steps.md"
 SEVERAL_STEPS = {
-    "sampler": Choice("deterministic", MEASURED),
-    "regression_weight": Choice(2.0, MEASURED),
+    "sampler": Choice("deterministic", STEPS_MEASURED),
+    "input_noise": Choice("unit", STEPS_MEASURED),
+    "regression_weight": Choice(2.0, STEPS_MEASURED),
     "regression_warmup_steps": Choice(0, "a warm-up that ends is undone, docs/findings"),
-    "regression_loss": Choice("mse", MEASURED),
-    "pairs": Choice(256, MEASURED),
+    "regression_loss": Choice("mse", STEPS_MEASURED),
+    "pairs": Choice(256, STEPS_MEASURED),
 }
-FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 524, 349, 174], MEASURED)}
-TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 349], MEASURED)}
+FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 524, 349, 174], STEPS_MEASURED)}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([699, 349], STEPS_MEASURED)}
 FOUR_OF_ANY = {"timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999")}
 TRAILING = {
     "pair_sampler": Choice("dpmpp-2m", "begins at 999, as the student does"),
@@ -152,11 +176,11 @@ PRESETS: dict[str, Preset] = {
     "sd15-two-step-lora": Preset(
         "SD 1.x in two steps, gives a LoRA", SD_LORA | TWO_STEPS | TRAILING
     ),
-    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL),
+    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sd2-one-step-lora": Preset("SD 2.x on one GPU, gives a LoRA", SD_LORA),
-    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL),
+    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sdxl-one-step-lora": Preset(
-        "SDXL on one GPU, gives a LoRA; warms up on pairs",
+        "SDXL on one GPU, gives a LoRA; warms up on pairs, and keeps them",
         SD_LORA | SDXL | {"lora_rank": SDXL_RANK},
     ),
     "sdxl-four-step-lora": Preset(
@@ -165,7 +189,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "sdxl-one-step-full": Preset(
         "SDXL, three networks, several GPUs; warms up on pairs",
-        SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
+        SD_FULL | SDXL | SDXL_FULL,
     ),
     "any-one-step-lora": Preset(
         "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY

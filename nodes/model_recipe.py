@@ -1,6 +1,7 @@
 """A recipe on a ComfyUI MODEL: kept as an attachment, made true by its model_sampling."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
@@ -8,6 +9,7 @@ import comfy.model_sampling
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from ..dmd_train.errors import UserError
 from ..dmd_train.families import FAMILIES
@@ -16,6 +18,9 @@ from ..dmd_train.method.recipe import Recipe
 from .edm_model import EDMConfig
 
 ATTACHMENT = "dmd_recipe"
+
+EDM_TYPES = (comfy.model_base.ModelType.EDM, comfy.model_base.ModelType.FLOW_COSMOS)
+"""Types whose samplers start from sigma_max N(0, I)."""
 
 OTHER_SIZE = 1024
 """Pixels a side, of a family that is known to ComfyUI alone."""
@@ -54,12 +59,12 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
 
     Stock samplers start at sigma_max with noise of variance 1 + sigma_max^2, which the model's
     input scaling makes unit variance. A student conditioned at t < 999 therefore needs a schedule
-    that ends at its t: the noisiest sigma is then sigma(t), and its input N(0, I). A flow starts
-    from N(0, I) at sigma = 1, which is t = 999, as it is; for more steps it gets the shift that
-    they were trained with.
+    that ends at its t: the noisiest sigma is then sigma(t), and its input noise_scale N(0, I). A
+    flow starts from N(0, I) at sigma = 1, which is t = 999, as it is; for more steps it gets the
+    shift that they were trained with.
     Raises UserError if the MODEL is of another family, or of a kind that has no such timesteps.
     """
-    is_edm = model.model.model_type == comfy.model_base.ModelType.EDM
+    is_edm = model.model.model_type in EDM_TYPES
     family = family_of(model)
     if (recipe.prediction == "edm") != is_edm:
         kind = "an" if is_edm else "no"
@@ -84,8 +89,22 @@ def with_recipe(model: ModelPatcher, recipe: Recipe) -> ModelPatcher:
     if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
         raise UserError(f"the model ({family}) has no timesteps 0 to 999 to choose from")
     sampling.set_sigmas(sampling.sigmas[: recipe.timesteps[0] + 1])
+    if recipe.noise_scale != 1:
+        sampling.noise_scaling = _scaled(sampling.noise_scaling, recipe.noise_scale)
     patched.add_object_patch("model_sampling", sampling)
     return patched
+
+
+def _scaled(noise_scaling: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
+    """A model_sampling's noise_scaling, which starts from N(0, I), starting from scale N(0, I)."""
+
+    def scaled(
+        sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False
+    ) -> Tensor:
+        noise = scale * noise if max_denoise else noise
+        return noise_scaling(sigma, noise, latent_image, max_denoise)
+
+    return scaled
 
 
 def _require_flow(model: ModelPatcher, recipe: Recipe) -> None:

@@ -12,6 +12,9 @@ from ..dmd_train.files.names import is_name
 from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .model_files import PACK
 
+HEADLESS = "runs/"
+"""How the names of runs begin that lie in the pack's own folder."""
+
 
 def runs_folder() -> Path:
     """The runs of the canvas: they are output, which no update of the pack touches."""
@@ -37,10 +40,15 @@ def _checked(name: str, widget: str) -> str:
     return name
 
 
+def name_of(run: Path) -> str:
+    """What a run is called among `run_folders`."""
+    return run.name if run.parent == runs_folder() else f"{HEADLESS}{run.name}"
+
+
 def run_folders() -> dict[str, Path]:
     """Every run there is, newest first: the canvas's by name, headless ones as runs/NAME."""
     found = {}
-    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", "runs/")):
+    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", HEADLESS)):
         for run_yaml in folder.glob("*/run.yaml"):
             found[prefix + run_yaml.parent.name] = run_yaml.parent
     by_age = sorted(found, key=lambda name: (found[name] / "run.yaml").stat().st_mtime)

@@ -125,7 +125,7 @@ class StockSampler:
         negative: Conditioning | None = None,
         seed: int,
     ) -> Tensor:
-        """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), from an empty latent.
+        """A LATENT's samples, like noise: N(0, I) in that MODEL's axes, from an empty latent.
 
         negative: not needed at cfg 1. seed: of the noise that the sampler itself adds.
         """
@@ -162,7 +162,7 @@ def sample_by_recipe(
     latent: Tensor | None = None,
     noise_mask: Tensor | None = None,
 ) -> Tensor:
-    """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), by the MODEL's own recipe.
+    """A LATENT's samples, like noise: N(0, I) in the MODEL's axes, by its own recipe.
 
     latent: counts where noise_mask keeps it. seed: of the noise between steps.
     """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # before torch is imported, here and in every process that a test starts: two workers, two cores
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ["OMP_WAIT_POLICY"] = "passive"  # where a test asks for two, they wait without a core
 os.environ.pop("COLUMNS", None)  # a worker has one, and rich would keep to it for good
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .read import read_safetensors
-from .write import write_safetensors
+from .write import gone, require_folder, write_safetensors
 
 ORIGIN_KEY = "dmd.origin"
 IN_MEMORY = 1 << 30
@@ -27,13 +27,18 @@ def make_shards(
     """Files of `size` rows each until there are `total`, yielding how many rows there are.
 
     `make` is given the rows of one file. A whole file of the same `origin` is not made again.
-    Process `rank` makes each `count`-th. Raises UserError for a file of another origin.
+    Process `rank` makes each `count`-th. Raises UserError for a file of another origin, and where
+    the folder is taken away.
     """
+    require_folder(folder)
     for start in range(rank * size, total, count * size):
         rows = range(start, min(start + size, total))
         file = folder / f"shard-{start // size:05d}.safetensors"
         if not _is_made(file, origin, len(rows)):
-            write_safetensors(file, make(rows), {ORIGIN_KEY: origin})
+            tensors = make(rows)
+            if not folder.exists():
+                raise gone(folder)
+            write_safetensors(file, tensors, {ORIGIN_KEY: origin})
         yield rows.stop
 
 

@@ -5,10 +5,11 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,12 +33,51 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Inside, nobody else who asks writes into a folder, and what kills left there is gone.
+
+    Raises UserError where somebody does, and where nobody can.
+    """
+    require_folder(folder)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another process writes into this folder. Wait for it, or choose another."
+        ) from None
+    except OSError as error:
+        raise _refused(folder, error) from None
+    with held:
+        sweep(folder)
+        yield
+
+
+def gone(folder: Path) -> UserError:
+    """What to say of a folder that was taken away: a write would make half of it anew."""
+    return UserError(
+        f"{folder}: was deleted or moved while it was written to. Put it back, or start again."
+    )
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, on the disk too. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         flush_folder(path.parent)
+
+
+def require_folder(folder: Path) -> None:
+    """Make a folder where there is none. Raises UserError where it cannot be."""
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise _refused(folder, error) from None
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror}). Choose another output.")
 
 
 def flush_file(path: Path) -> None:
@@ -71,9 +111,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         # the umask applies by itself: to ask for it is to change it, for all threads
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Choose another output."
-        ) from None
+        raise _refused(path, error) from None
     mode = os.fstat(handle).st_mode
     os.close(handle)
     try:
@@ -83,6 +121,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
+        if not path.parent.exists():
+            raise gone(path.parent) from None
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"{path}: not written ({reason}). Make room, or choose another output; what was there "

@@ -1,13 +1,15 @@
 """How a student must be sampled. Travels inside its file, as safetensors metadata."""
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import UserError, shown
-from .noise import TIMESTEPS
+from .noise import TIMESTEPS, VP
 
 RECIPE_KEY = "dmd.recipe"
 LATER = ("sampler", "shift")
@@ -21,6 +23,22 @@ LICENSE = 50_000
 
 SIZES = range(8, 8193)
 """Pixels a side that a file may say it draws."""
+
+
+class StockSettings(NamedTuple):
+    """Of ComfyUI's own sampler, beside cfg 1 and an empty latent. denoise: of two decimals."""
+
+    steps: int
+    sampler: str
+    denoise: float
+
+    def __str__(self) -> str:
+        return f"steps {self.steps}, cfg 1, {self.sampler}, simple, denoise {self.denoise:g}"
+
+
+def simple(steps: int) -> tuple[int, ...]:
+    """Timesteps of ComfyUI's scheduler of that name."""
+    return tuple(TIMESTEPS - 1 - int(i * (TIMESTEPS / steps)) for i in range(steps))
 
 
 def falls(timesteps: tuple[int, ...]) -> bool:
@@ -71,6 +89,29 @@ class Recipe(BaseModel):
         return len(self.timesteps)
 
     @property
+    def stock(self) -> "StockSettings | None":
+        """Those by which ComfyUI's own sampler draws it, without ours; None: it does not.
+
+        Its scheduler "simple" with N steps takes every N-th timestep of the model's 1000, and at
+        denoise n/N the last n of them. At denoise 1 it starts from N(0, I), else from sigma_t z.
+        Its lcm adds fresh noise between steps, its euler is deterministic.
+        """
+        if self.prediction == "edm":
+            return None
+        n, scale = self.nfe, 1.0
+        sampler = "euler" if self.sampler == "deterministic" else "lcm"
+        first = torch.tensor(self.timesteps[:1])
+        is_vp = self.prediction != "flow"
+        for total in range(n, 20 * n + 1 if is_vp else n + 1):
+            if total > n:
+                scale = float(VP.scaled_linear().sigma(first))
+            is_same = math.isclose(self.noise_scale, scale, rel_tol=1e-5)
+            denoise = round(n / total, 2)
+            if is_same and simple(total)[-n:] == self.timesteps and int(n / denoise) == total:
+                return StockSettings(n, sampler, denoise)
+        return None
+
+    @property
     def steps(self) -> str:
         """For a message: "2 steps at t = 999, 499"."""
         kind = ", deterministic" if self.sampler == "deterministic" and self.nfe > 1 else ""
@@ -79,6 +120,9 @@ class Recipe(BaseModel):
 
     def to_metadata(self, title: str, shape: tuple[int, int, int]) -> dict[str, str]:
         """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
+        hint = f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1"
+        if self.stock:
+            hint += f"; in a stock ComfyUI {self.stock}"
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": self.family,
@@ -88,8 +132,7 @@ class Recipe(BaseModel):
             "license": self.license,
             "resolution": f"{shape[2]}x{shape[1]}",
             "timestep_range": f"{min(self.timesteps)},{max(self.timesteps) + 1}",
-            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, "
-            f"{'euler, ' if self.sampler == 'deterministic' else ''}cfg 1",
+            "usage_hint": hint,
         }
         standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
         if standard_name:

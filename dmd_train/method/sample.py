@@ -101,10 +101,10 @@ def sample_heun(
 def sample_euler(
     network: Network, z: Tensor, condition: Condition, steps: int, guidance: float
 ) -> Tensor:
-    """Euler steps of a rectified flow, dx = u dsigma: x' = alpha' mu + sigma' eps_hat. steps NFE.
+    """Euler steps of a rectified flow or of EDM: x' = alpha' mu + sigma' eps_hat. steps NFE.
 
     z: (B, C, H, W) ~ N(0, I). The grid is even in the timestep: from the last one, a student's,
-    down to -1, which is x0 itself (Flux's own: black-forest-labs/flux, get_schedule).
+    down to -1, which stands for x0 itself (Flux's own: black-forest-labs/flux, get_schedule).
     """
     timesteps = torch.linspace(network.noise.last, -1, steps + 1, dtype=torch.float64)
     x = network.noise.start_scale * z
@@ -112,7 +112,7 @@ def sample_euler(
         t, t_next = timestep.expand(len(x)), following.expand(len(x))
         mu = guided_x0(network, x, t, condition, guidance)
         x = network.noise.add(mu, eps_hat(network.noise, x, mu, t), t_next)
-    return x
+    return mu
 
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -159,11 +159,13 @@ def sample_teacher(
     """x0 by the sampler of that name (Config.pair_sampler). Raises UserError if there is none."""
     if isinstance(network.noise, VP):
         return sample_scheduler(network, z, condition, sampler, steps, guidance)
-    is_flow = isinstance(network.noise, Flow)
-    own, sample = ("euler", sample_euler) if is_flow else ("heun", sample_heun)
-    if sampler != own:
-        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have {own} alone.")
-    return sample(network, z, condition, steps, guidance)
+    own = {"euler": sample_euler}
+    if isinstance(network.noise, EDM):
+        own |= {"heun": sample_heun}
+    if sampler not in own:
+        known = " and ".join(own)
+        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have {known} alone.")
+    return own[sampler](network, z, condition, steps, guidance)
 
 
 USUAL: dict[type[Noise], tuple[str, int, float]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..config import Config
 from ..errors import UserError
 from ..method.network import Network
@@ -45,13 +47,16 @@ def student_recipe(loaded: Loaded, config: Config) -> Recipe:
         raise UserError(
             f"timesteps: {first}: {teacher.family} networks begin at {last}. Put {last} first."
         )
+    scale = teacher.noise.start_scale
+    if config.input_noise == "sigma":
+        scale = float(teacher.noise.sigma(torch.tensor([first])))
     return Recipe(
         family=teacher.family,
         prediction=teacher.prediction,
         timesteps=config.timesteps,
         sampler=config.sampler,
         shift=teacher.noise.shift if is_few and isinstance(teacher.noise, Flow) else 1.0,
-        noise_scale=teacher.noise.start_scale,
+        noise_scale=scale,
         baked_guidance=config.guidance,
         teacher=loaded.source,
         teacher_sha256=loaded.sha256,

@@ -9,7 +9,9 @@ from ..files.write import write_atomically
 
 
 def save_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A panel for each value of metrics.jsonl, over student updates."""
+    """A panel for each value of metrics.jsonl, over student updates; nothing where none are."""
+    if not rows:
+        return
     names = list(dict.fromkeys(name for row in rows for name in row))
     names = [name for name in names if name not in ("step", "seconds")]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")

@@ -1,5 +1,6 @@
 """A run's student as the files that ComfyUI, A1111, Forge and diffusers load."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
 from ..networks.loaded import student_recipe
-from .folder import newest_checkpoint, require_teacher, student_marks
+from .folder import exporting, newest_checkpoint, require_teacher, student_marks
 from .student import write_weights
 
 Form = Literal["lora", "unet", "checkpoint"]
@@ -53,9 +54,6 @@ def export(
     notes: checkpoints that had to be passed over are added.
     Raises UserError for a form that the run cannot give.
     """
-    # diffusers, which a node that only saves can do without
-    from ..networks.stable_diffusion import StableDiffusion
-
     config = load_config(run / "run.yaml", [])
     newest = newest_checkpoint(run / "checkpoints", notes)
     if newest is None:
@@ -73,7 +71,7 @@ def export(
     loaded = load_teacher(config.model_copy(update={"precision": "fp32"}), CPU)
     require_teacher(newest.teacher, loaded.sha256, config.teacher)
     network = loaded.network
-    if not isinstance(network, StableDiffusion):
+    if loaded.text is None:
         raise UserError(
             f"{run}: a {network.family} student is whole already: {run}/student.safetensors"
         )
@@ -97,12 +95,14 @@ def export(
             student = Adapted(network, adapters, "student")
             tensors = student.file_tensors()
         else:
-            tensors = network.ldm_tensors(adapters.merged("student"))
+            tensors = network.renamed(adapters.merged("student"))
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
     recipe = student_recipe(loaded, config)
     said = student_marks(run / "checkpoints", newest.step)
-    write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
+    within = path.resolve().parent == run.resolve()
+    with exporting(run) if within else nullcontext():
+        write_weights(path, tensors, recipe, student, DTYPES[dtype], beside, said)
     return path
 
 

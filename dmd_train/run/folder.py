@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import __version__
-from ..config import Config, dump_config, load_config
+from ..config import Config, as_named_now, dump_config, load_config, make_config
 from ..errors import UserError
 from ..files.mark import MARK_KEY
 from ..files.read import peek, read_safetensors
 from ..files.write import (
     flush_file,
+    gone,
     is_temporary,
     make_folder,
     sweep,
@@ -30,17 +31,20 @@ from ..files.write import (
 KEEP = 2
 """Checkpoints kept: the newest, and the one before it should the newest be damaged."""
 
+SOON_READ = 1 << 30
+"""Bytes of a file that are read and hashed in passing: some two seconds."""
+
 STEP_KEY, CHECKPOINT_KEY = "dmd.step", "dmd.checkpoint"
 """What a checkpoint and a student say: after which student update; the student's checkpoint."""
 
 SCHEMA_KEY, VERSION_KEY, TORCH_KEY = "dmd.schema", "dmd.version", "dmd.torch"
-TEACHER_KEY = "dmd.teacher_sha256"
+TEACHER_KEY, SETTINGS_KEY = "dmd.teacher_sha256", "dmd.settings"
 SCHEMA = "1"
 """Of a checkpoint's tensors and names. One without, written before, is of the first."""
 
 CHECKPOINT = re.compile(r"step-(\d{8,})\.safetensors", re.ASCII)
 
-NOT_OURS = {".lock", ".DS_Store", "Thumbs.db", "desktop.ini"}
+NOT_OURS = {".lock", ".lock-export", ".DS_Store", "Thumbs.db", "desktop.ini"}
 """What may lie in a folder that nothing was begun in: ours, and what desktops leave anywhere."""
 
 FREE_TO_CHANGE = {
@@ -54,6 +58,11 @@ FREE_TO_CHANGE = {
     "trackers",
 }
 """Settings that may differ when a run goes on: they do not change what is learned."""
+
+
+def _learned_by(config: Config) -> dict[str, Any]:
+    """The settings that a run keeps to."""
+    return config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
 
 
 class NewerVersion(UserError):
@@ -137,6 +146,18 @@ def student_marks(folder: Path, step: int) -> dict[str, str]:
     return {STEP_KEY: str(step), CHECKPOINT_KEY: metadata.get(MARK_KEY, "")}
 
 
+def is_run(run_yaml: Path) -> bool:
+    """Whether this is the run.yaml in the folder of a run that was begun."""
+    folder = run_yaml.parent
+    begun = (folder / ".lock").exists() or checkpoint_files(folder / "checkpoints")
+    return run_yaml.name == "run.yaml" and bool(begun)
+
+
+def exporting(run: Path) -> FileLock:
+    """Held while a file is exported into a run's folder: nothing there is swept meanwhile."""
+    return FileLock(run / ".lock-export")
+
+
 class RunFolder:
     """One run on disk, locked while open by the first of its processes. A context manager."""
 
@@ -171,16 +192,27 @@ class RunFolder:
         return self.path / "text"
 
     @property
+    def images(self) -> Path:
+        """The real images, encoded."""
+        return self.path / "images"
+
+    @property
+    def captions(self) -> Path:
+        """What is said of them, encoded."""
+        return self.path / "captions"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def require_there(self) -> None:
-        """Raises UserError where the folder was taken away: a write would make half of it anew."""
+        """Raises UserError where the folder was taken away."""
         if not (self.path / "run.yaml").exists():
-            raise UserError(
-                f"{self.path}: was deleted or moved while the run wrote to it. Put it back, or "
-                "start again."
-            )
+            raise gone(self.path)
 
     def __enter__(self) -> Self:
         """Create the folder or take it up again. Raises UserError if it is not this run's."""
@@ -206,7 +238,7 @@ class RunFolder:
         try:
             self._sweep()
             if run_yaml.exists():
-                self._check_same(run_yaml)
+                self._go_on_as_begun(run_yaml)
             write_text(run_yaml, dump_config(self.config))
         except BaseException:
             self._lock.release()
@@ -223,18 +255,39 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Drop the temporary files of a killed run: as large as what they were to become."""
-        for folder in (self.path, self.checkpoints, self.samples, self.pairs, self.text):
+        made = (self.pairs, self.text, self.images, self.captions)
+        for folder in (self.checkpoints, self.samples, *made):
             sweep(folder)
+        with suppress(Timeout), exporting(self.path).acquire(timeout=0):
+            sweep(self.path)
 
-    def _check_same(self, run_yaml: Path) -> None:
-        begun = load_config(run_yaml, []).model_dump(mode="json")
-        now = self.config.model_dump(mode="json")
-        for key in sorted(now.keys() - FREE_TO_CHANGE):
-            if begun[key] != now[key]:
-                raise UserError(
-                    f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
-                    "Set it back, or choose another folder for the run."
-                )
+    def _go_on_as_begun(self, run_yaml: Path) -> None:
+        """Settings that nobody said stay as they were begun, whatever the preset has by now.
+
+        Raises UserError for one that is said and is not what run.yaml, or else the newest
+        checkpoint, has.
+        """
+        now = _learned_by(self.config)
+        begun = _learned_by(load_config(run_yaml, [])) | self._said_of_settings()
+        kept = {key: begun[key] for key in sorted(now) if begun[key] != now[key]}
+        for key in sorted(kept.keys() & self.config.model_fields_set):
+            raise UserError(
+                f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
+                "Set it back, or choose another folder for the run."
+            )
+        if kept:
+            self.config = make_config(self.config.model_dump(mode="json") | kept, str(run_yaml))
+            as_begun = ", ".join(f"{key}: {value}" for key, value in kept.items())
+            self.notes.append(f"{self.config.preset} had other settings then, kept: {as_begun}")
+
+    def _said_of_settings(self) -> dict[str, Any]:
+        """What the newest checkpoint that says so was made with: its run.yaml may be edited."""
+        for file in checkpoint_files(self.checkpoints):
+            with suppress(UserError, ValueError, RecursionError):
+                said = json.loads(peek(file)[1].get(SETTINGS_KEY, ""))
+                if isinstance(said, dict):
+                    return as_named_now(said)
+        return {}
 
     @property
     def checkpoints(self) -> Path:
@@ -253,10 +306,14 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the last step's checkpoint is there, and the whole student that it gives.
 
-        Where neither says more, as none did before, they are taken to belong together.
+        A checkpoint of more than SOON_READ bytes is not read beyond its header, only as long as it
+        should be. Where neither says more, as none did before, they are taken to belong together.
         """
         try:
             last = student_marks(self.checkpoints, self.config.steps)
+            file = _checkpoint_file(self.checkpoints, self.config.steps)
+            if file.stat().st_size <= SOON_READ:
+                read_safetensors(file)
             _, said = read_safetensors(self.student)
         except UserError:
             return False
@@ -277,6 +334,7 @@ class RunFolder:
             VERSION_KEY: __version__,
             TORCH_KEY: torch.__version__,
             TEACHER_KEY: checkpoint.teacher,
+            SETTINGS_KEY: json.dumps(_learned_by(self.config)),
         }
         file = _checkpoint_file(self.checkpoints, checkpoint.step)
         write_safetensors(file, checkpoint.tensors, said)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..files.write import write_atomically
@@ -18,6 +19,9 @@ LABEL_HEIGHT, LABELS_ACROSS = 16, 40
 
 GAP = 2
 """White pixels around each picture of a sheet."""
+
+SOFTWARE = ("Software", "dmd-one-step")
+"""A PNG's own keyword for who wrote it."""
 
 TARGET_SIZE = 64
 """Small pictures are enlarged, by a whole factor, to at least this many pixels."""
@@ -64,5 +68,17 @@ def stack(rows: list[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def save_picture(path: Path, image: Image.Image) -> None:
-    """PNG, atomically."""
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    """PNG that says who wrote it, atomically."""
+    said = PngInfo()
+    said.add_text(*SOFTWARE)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=said))
+
+
+def is_own_picture(file: Path) -> bool:
+    """Whether a file says that `save_picture` wrote it."""
+    key, name = SOFTWARE
+    try:
+        with Image.open(file) as image:
+            return bool(image.info.get(key) == name)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False

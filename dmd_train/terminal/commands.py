@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from ..data.conditions import Classes
 from ..data.prompts import require_prompt
 from ..distil import distil
 from ..errors import UserError, one_line, out_of_memory
+from ..files.mark import MARK_KEY
 from ..files.read import peek
 from ..files.write import write_atomically, write_latent
 from ..method.network import NETWORK_KEY, Condition
 from ..method.processes import Processes
-from ..method.recipe import RECIPE_KEY
+from ..method.recipe import RECIPE_KEY, read_recipe
 from ..method.sample import draw, step_noise
 from ..networks.load import load, load_teacher, save
 from ..networks.loaded import Loaded
@@ -32,8 +33,9 @@ from ..plan import measure
 from ..prepare import carried_out, make_conditions, make_run_pairs, prepare, require_possible
 from ..room import require_memory
 from ..run.export import FOLDERS, Dtype, Form, export
-from ..run.folder import RunFolder
-from ..run.pixels import grid, picture, save_picture
+from ..run.folder import RunFolder, is_run
+from ..run.pixels import grid, is_own_picture, picture, save_picture
+from ..run.report import write_report
 from ..run.sample_sheet import SampleSheet
 from ..run.verify import verify
 from .bar import STOPPED, StopRequest, bar, console, say, told, watch
@@ -58,6 +60,13 @@ SETTINGS = "Settings: " + "; ".join(
 
 LAST_SEED = 2**64 - 1
 
+OWN: dict[str, Callable[[Path], bool]] = {
+    ".png": is_own_picture,
+    ".npy": lambda file: False,  # it has no room to say so
+    ".latent": lambda file: MARK_KEY in peek(file)[1],
+}
+"""Whether a file of samples says that we wrote it."""
+
 MOST = 100_000
 """Images drawn at a time: all of them are in memory."""
 
@@ -79,6 +88,7 @@ def demo(set_: SetOption = None) -> None:
         _evaluate([student], config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
+        _say_report(write_report(run))
         say("Next:")
         say(_sample_command(run.student))
 
@@ -95,11 +105,14 @@ def train(
     config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes):
         if run.finished:
+            if processes.is_main:  # a kill may have come between the student and them
+                _draw_curves(run)
             say(f"{run.path}: finished before, at step {config.steps}: {run.student}")
             return
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         again += [part for value in set_ or [] for part in ("--set", value)]
         loaded = _train(run, processes, shlex.join(again))
+        _say_report(run.report)
         say(f"{run.path}: finished. Next:")
         say(_export_command(run) if loaded.text else _sample_command(run.student))
 
@@ -116,11 +129,11 @@ def pairs(
     config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
-        require_possible(config, loaded)
+        require_possible(run.config, loaded)
         with told(stop) as tell:
             conditions = carried_out(make_conditions(run, loaded, processes), tell)
             carried_out(make_run_pairs(run, loaded, conditions, processes), tell)
-        say(f"{run.pairs}: {config.pairs} pairs")
+        say(f"{run.pairs}: {run.config.pairs} pairs")
 
 
 @app.command()
@@ -157,13 +170,16 @@ def export_(
 ) -> None:
     """The newest student of a run as a file that ComfyUI loads; while it trains, too."""
     if out:
-        _require_own(out, RECIPE_KEY)
+        _require_own(out, lambda file: RECIPE_KEY in peek(file)[1])
     notes: list[str] = []
     with console.status("export"):
         path = export(run, form, dtype, out, notes)
     for note in notes:
         say(note)
     say(f"{path}: put it into {FOLDERS[form]}")
+    recipe = read_recipe(peek(path)[1], str(path))
+    if recipe and recipe.stock:
+        say(f"A stock ComfyUI draws it: {recipe.stock}, an empty latent")
 
 
 @app.command("verify")
@@ -210,6 +226,8 @@ def sample(
     """
     if out.suffix not in (".png", ".npy", ".latent", ""):
         raise UserError(f"--out {out}: give a .png, a .npy, a .latent or a folder.")
+    for path in _pictures(out, count):
+        _require_own(path, OWN[path.suffix])
     loaded = load(str(file), torch.device("cpu"), base)
     network = loaded.network
     if out.suffix == ".latent" and network.latent_scale is None:
@@ -259,8 +277,13 @@ def _write_images(out: Path, images: Tensor) -> None:
         case ".png":
             save_picture(out, grid(images, columns=min(len(images), 8)))
         case _:
-            for i, image in enumerate(images):
-                save_picture(out / f"{i:05d}.png", picture(image))
+            for path, image in zip(_pictures(out, len(images)), images, strict=True):
+                save_picture(path, picture(image))
+
+
+def _pictures(out: Path, count: int) -> list[Path]:
+    """The files that `count` images become: one, or in a folder one each."""
+    return [out] if out.suffix else [out / f"{i:05d}.png" for i in range(count)]
 
 
 @app.command()
@@ -279,43 +302,51 @@ def digits(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Train the digits teacher from scratch. The same seed gives the same weights."""
-    from ..networks.digits import digits_network, train_digits_teacher
+    from ..networks.digits import digits, digits_network, train_teacher
 
-    _require_own(out, NETWORK_KEY)
+    _require_own(out, lambda file: NETWORK_KEY in peek(file)[1])
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     teacher = digits_network()
     with bar() as progress:
         task = progress.add_task("teacher", total=steps, note="")
-        for step in train_digits_teacher(teacher, steps, seed):
+        for step in train_teacher(teacher, digits(), steps, seed):
             progress.update(task, completed=step)
     save(out, teacher)
     say(str(out))
 
 
 def _settings(run_yaml: Path, overrides: list[str] | None) -> Config:
-    """The settings of a run. Raises UserError where the run would be written over this file."""
+    """The settings of a run. Raises UserError where it would be written over this file, and where
+    the file lies in the folder of another run than it names."""
     config = load_config(run_yaml, overrides or [])
-    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text"))
+    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text", "images"))
     is_its_own = (config.output / "run.yaml").resolve() == run_yaml.resolve()
     if is_its_own and not any(path.exists() for path in begun):
         raise UserError(
             f"{run_yaml}: output: {config.output} is this file's own folder, and the run writes a "
             "run.yaml there. Name a new folder."
         )
+    if not is_its_own and is_run(run_yaml) and "output" not in parse_overrides(overrides or []):
+        raise UserError(
+            f"{run_yaml}: is of a run in this folder, and names output: {config.output}. Was it "
+            f"moved, or are you in another folder? Add --set output={run_yaml.parent}"
+        )
     return config
 
 
-def _require_own(out: Path, key: str) -> None:
-    """Raises UserError where `out` is there and does not say `key` of itself, as what we write."""
+def _require_own(out: Path, is_own: Callable[[Path], bool]) -> None:
+    """Raises UserError where `out` is there and does not say of itself that we wrote it."""
     if not out.exists():
         return
     try:
-        is_own = key in peek(out)[1]
+        may_go = out.is_file() and is_own(out)
     except UserError:
-        is_own = False
-    if not is_own:
-        raise UserError(f"--out {out}: is there, and was not written by this. Choose another name.")
+        may_go = False
+    if not may_go:
+        raise UserError(
+            f"--out {out}: is there, and does not say that this wrote it. Choose another name."
+        )
 
 
 @contextmanager
@@ -344,8 +375,6 @@ def _teacher(config: Config, processes: Processes) -> Loaded:
 
 def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
     """Bring a run to its end, or exit with the signal's code once a stop has been saved."""
-    from ..run.curves import save_curves
-
     loaded = _teacher(run.config, processes)
     with StopRequest() as stop:
         with told(stop) as tell:
@@ -353,11 +382,22 @@ def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
         stopped = watch(distil(ready), run, processes, stop)
     if not processes.is_main:
         raise typer.Exit(STOPPED if stopped else 0)
-    save_curves(run.path / "curves.png", run.read_metrics())
+    _draw_curves(run)
     if stopped:
+        _say_report(run.report)
         say(f"{run.path}: stopped and saved. Go on with: {again}")
         stop.exit()
     return loaded
+
+
+def _draw_curves(run: RunFolder) -> None:
+    from ..run.curves import save_curves
+
+    save_curves(run.path / "curves.png", run.read_metrics())
+
+
+def _say_report(report: Path) -> None:
+    say(f"{report}: open it in a browser")
 
 
 def _evaluate(files: list[Loaded], seed: int, run: RunFolder | None = None) -> None:

@@ -46,8 +46,10 @@ class Trained:
     pictures: dict[str, list[Path]]
     """Type of node -> what it shows."""
     told: list[str]
-    previews: int
-    preview_width: int
+    pictures_told: str
+    """What the panel says at the end of the picture that it shows."""
+    picture_width: int
+    """Of the picture in the panel in the middle of the run."""
     bar: float
     """The node's own, in the middle of the run, from 0 to 1."""
 
@@ -86,12 +88,13 @@ def trained(server: Server, browser: Browser) -> Iterator[Trained]:
         page.screenshot("distil-digits-pairs")
         wait_for_line(page, "step", STEPS // 2)
         node = "window.app.graph.nodes.find(node => node.type === 'DMD_Distill')"
-        preview_width, bar = page.page.evaluate(
-            f"() => [{node}.imgs?.[0]?.naturalWidth ?? 0, {node}.progress ?? 0]"
-        )
+        bar = page.page.evaluate(f"() => {node}.progress ?? 0")
+        picture = page.page.locator(".dmd-panel img")
+        picture_width = picture.evaluate("img => img.decode().then(() => img.naturalWidth)")
         page.screenshot("distil-digits-learning")
         entry = page.wait_for_end(timeout=600)
-        page.drawn()
+        told = page.page.locator(".dmd-panel output", has_text=f"step {STEPS} ")
+        told.wait_for()
         page.screenshot("distil-digits-finished")
 
         yield Trained(
@@ -99,8 +102,8 @@ def trained(server: Server, browser: Browser) -> Iterator[Trained]:
             run=Path(page.line("DMD_Distill").partition("Saved in ")[2]),
             pictures=pictures_of(page, entry),
             told=page.told(),
-            previews=page.page.evaluate(f"() => window.previews[{node}.id] ?? 0"),
-            preview_width=preview_width,
+            pictures_told=told.inner_text(),
+            picture_width=picture_width,
             bar=bar,
         )
 
@@ -113,8 +116,9 @@ def test_while_it_runs_the_node_says_how_far_it_is_and_shows_pictures(trained: T
         assert len(seen) >= 5
         assert seen == sorted(seen)
         assert seen[-1] == (total, total)
-    assert trained.previews == 1 + STEPS // 250  # the first step's, and one in 250
-    assert trained.preview_width > 500
+    # the first step's, and one in 250
+    assert trained.pictures_told == f"step {STEPS} (picture 7 of 7)"
+    assert trained.picture_width > 500
     assert 0.4 < trained.bar < 0.7
 
 

@@ -213,13 +213,18 @@ def until(is_so: Callable[[], bool], timeout: float = 60) -> None:
         time.sleep(0.01)
 
 
-def test_a_larger_count_adds_to_the_pairs_that_are_there(server: Server) -> None:
+def test_a_larger_count_adds_to_the_pairs_that_are_there_and_drops_what_a_kill_left(
+    server: Server,
+) -> None:
+    half = server.base / "output/dmd_pairs/more/.shard-00000-0123456789abcdef.safetensors"
     for count in (3, 8):
+        if count == 8:
+            half.write_bytes(b"half")
         graph = Graph()
         made = read(run(server, graph, digits(graph, name="more", count=count)))
         if count == 3:
             few = made
-    assert len(made.row) == 8
+    assert len(made.row) == 8 and not half.exists()
     assert torch.equal(made.noise[:3], few.noise)
     assert error(made.image[:3], few.image) < HALF
 

@@ -156,8 +156,9 @@ def state(folder: Path) -> tuple[tuple[str, bytes], ...]:
 
 def contents(folder: Path) -> dict[str, Any]:
     """What lies in a run's folder: tensors with what the file says, rows without seconds, bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): _content(path) for path in files}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    kept = [path for path in files if not path.name.startswith(".lock")]
+    return {str(path.relative_to(folder)): _content(path) for path in kept}
 
 
 def _content(path: Path) -> Any:
@@ -169,5 +170,7 @@ def _content(path: Path) -> Any:
         case ".jsonl":
             rows = [json.loads(line) for line in raw.splitlines()]
             return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        case ".html":
+            return re.sub(rb'"seconds": [^}]*', b"", raw)
         case _:
             return raw

@@ -38,6 +38,7 @@ SD = {
     "batch_size": 2,
     "micro_batch_size": 0,
     "critic_updates": 1,
+    "regression_weight": 0.0,
     "pair_steps": 2,
     "learning_rate": 1e-3,
     "warmup_steps": 0,

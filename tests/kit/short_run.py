@@ -1,5 +1,6 @@
 """A run of the embedded digits of a tenth of a second, by the way that both doors take."""
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -32,8 +33,13 @@ def config_of(folder: Path, **settings: object) -> Config:
     return make_config(SHORT | {"output": str(folder / "run")} | settings, "test")
 
 
-def train(config: Config, stop_after: int = 0) -> list[str]:
-    """Nothing where it is finished, else the rest, or up to a stop. Returns the run's notes."""
+def train(
+    config: Config, stop_after: int = 0, at: Callable[[int], object] = lambda step: None
+) -> list[str]:
+    """Nothing where it is finished, else the rest, or up to a stop. Returns the run's notes.
+
+    at: called at each step.
+    """
     with RunFolder(config) as run:
         if run.finished:
             return ["finished before"]
@@ -41,6 +47,7 @@ def train(config: Config, stop_after: int = 0) -> list[str]:
         ready = carried_out(prepare(run, loaded), lambda _: None)
         with closing(distil(ready)) as reports:
             for report in reports:
+                at(report.step)
                 if report.step == stop_after:
                     break
     return run.notes

@@ -1,12 +1,11 @@
 """Teachers that have learned something, small enough to distil in seconds, and how near one comes.
 
 M: a class-conditional MLP of 0.42 M parameters on the 8x8 digits. C: the text-conditional UNet of
-2.1 M that draws coloured digits (tests/assets). Both are told the noise of Stable Diffusion and
-predict eps.
+2.1 M that draws coloured digits (tests/assets). Both have the noise of Stable Diffusion and predict
+eps; M may be a flow too.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from dmd_train.config import Config
 from dmd_train.data.conditions import Classes, Conditions, Prompts
 from dmd_train.distil import distil
 from dmd_train.method.network import Condition, Network
-from dmd_train.method.noise import VP, x0_from
+from dmd_train.method.noise import TIMESTEPS, VP, Flow, x0_from
 from dmd_train.method.recipe import Recipe
 from dmd_train.method.sample import sample_student, sample_teacher
 from dmd_train.method.seeding import generator, randn
@@ -36,24 +35,30 @@ CPU = torch.device("cpu")
 COLOURED_DIGITS = Path(__file__).parents[1] / "assets/coloured-digits"
 HELD, CHUNK = 1024, 256
 SAMPLER, SAMPLER_STEPS = "dpmpp-2m", 12
+SD = VP.scaled_linear()
 
 
-class DigitsEps(Network):
-    """The digits MLP as Stable Diffusion's kind of network: eps from VP noise."""
+class DigitsMLP(Network):
+    """The digits MLP with VP noise, as Stable Diffusion has it, or with a flow's."""
 
-    prediction = "eps"
     license = "Apache-2.0"
     classes: int = CLASSES
 
-    def __init__(self, family: str) -> None:
-        self.module, self.noise, self.family = DigitsNet(width=224), VP.scaled_linear(), family
+    def __init__(self, family: str, noise: VP | Flow) -> None:
+        self.module, self.noise, self.family = DigitsNet(width=224), noise, family
+        self.prediction = "eps" if isinstance(noise, VP) else "flow"
         self.shape = (1, SIZE, SIZE)
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """eps, or a flow's u = eps - x0."""
         alpha, sigma = self.noise.alpha(t), self.noise.sigma(t)
-        c_noise = ((sigma / alpha).log() / 4).to(x_t.dtype)
-        eps = self.module(x_t, c_noise, condition["label"])
-        return x0_from("eps", eps, x_t, alpha, sigma)
+        c_noise = ((sigma / alpha.clamp(min=1e-3)).log() / 4).to(x_t.dtype)
+        output: Tensor = self.module(x_t, c_noise, label)
+        return output
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        output = self.predict(x_t, t, condition["label"])
+        return x0_from(self.prediction, output, x_t, self.noise.alpha(t), self.noise.sigma(t))
 
     def null_condition(self, condition: Condition) -> Condition:
         return {"label": torch.full_like(condition["label"], self.classes)}
@@ -62,7 +67,7 @@ class DigitsEps(Network):
         return {}
 
 
-def train_digits_eps(network: DigitsEps, steps: int) -> None:
+def train(network: DigitsMLP, steps: int) -> None:
     """Denoising at uniform timesteps, labels dropped one time in ten. A function of `steps`."""
     batch, rate = 256, 2e-3
     data, parameters = digits(), list(network.module.parameters())
@@ -72,18 +77,16 @@ def train_digits_eps(network: DigitsEps, steps: int) -> None:
         rows = torch.randint(len(data.image), (batch,), generator=gen)
         dropped = torch.rand(batch, generator=gen) < 0.1
         label = data.label[rows].masked_fill(dropped, CLASSES)
-        t = torch.randint(1000, (batch,), generator=gen)
+        t = torch.randint(TIMESTEPS, (batch,), generator=gen)
         x0 = data.image[rows]
         eps = randn(x0.shape, gen)
-        alpha, sigma = network.noise.alpha(t), network.noise.sigma(t)
-        c_noise = ((sigma / alpha).log() / 4).float()
-        loss = (network.module(network.noise.add(x0, eps, t), c_noise, label) - eps).square().mean()
+        target = eps if network.prediction == "eps" else eps - x0
+        output = network.predict(network.noise.add(x0, eps, t), t, label)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (output - target).square().mean().backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * (1 - step / steps)
         optimizer.step()
-    network.module.eval().requires_grad_(False)
 
 
 class Held(NamedTuple):
@@ -111,6 +114,7 @@ class Testbed:
     of_held: Tensor
     """Rows of the conditions that are held against, round robin."""
     folder: Path | None = None
+    sampler: str = SAMPLER
 
     @property
     def network(self) -> Network:
@@ -203,20 +207,22 @@ def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, 
     return load_file(file)
 
 
-def testbed_m(folder: Path | None = None, family: str = "sd1", steps: int = 4000) -> Testbed:
+def testbed_m(folder: Path | None = None, steps: int = 4000, noise: VP | Flow = SD) -> Testbed:
     """Digits; the teacher is trained where `folder` has none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = DigitsEps(family)
+        network = DigitsMLP("sd1", noise)
 
-    def train() -> dict[str, Tensor]:
-        train_digits_eps(network, steps)
+    def weights() -> dict[str, Tensor]:
+        train(network, steps)
         return network.module.state_dict()
 
-    network.module.load_state_dict(kept(folder and folder / f"teacher-{steps}.safetensors", train))
+    file = folder and folder / f"{network.prediction}-{steps}.safetensors"
+    network.module.load_state_dict(kept(file, weights))
     network.freeze()
     loaded = Loaded(network, None, "8x8 digits", "")
-    return Testbed(loaded, Classes(CLASSES), torch.arange(CLASSES), folder)
+    sampler = SAMPLER if network.prediction == "eps" else "euler"
+    return Testbed(loaded, Classes(CLASSES), torch.arange(CLASSES), folder, sampler)
 
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -251,19 +257,3 @@ def testbed_c(folder: Path | None = None) -> Testbed:
     conditions = Prompts(PROMPTS, Encoded(text, {p: i for i, p in enumerate(PROMPTS)}))
     of_held = torch.arange(64) * 13 % len(PROMPTS)
     return Testbed(replace(loaded, text=None), conditions, of_held, folder)
-
-
-def steps_of_cost(cost: int, a_step: int) -> int:
-    """Steps that cost as much in all."""
-    return math.floor(cost / a_step)
-
-
-def each_cost(config: Config) -> int:
-    """Evaluations of one iteration, beside its pairs: the student's update, then the critic's."""
-    matching = 3 + (1 if config.guidance == 1 else 2) + 1
-    critic = 3 + 4 * (config.critic_updates - 1)
-    regression = 3 * config.pair_batch_size if config.regression_weight > 0 else 0
-    return (matching + critic) * config.batch_size + regression
-
-
-Rows = Iterator[dict[str, Any]]

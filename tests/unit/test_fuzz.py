@@ -1,6 +1,6 @@
 """Inputs drawn from a seed end in one line and exit 2, or in what was asked.
 
-`kit/fuzz.py` says what is asked of each, `kit/hostile.py` makes them; a line of a failure is what
+`kit/fuzz.py` says what is asked of each, `kit/hostile/` makes them; a line of a failure is what
 to type to see that one again. A hundred here; the thousands are a command of its own, as they take
 a quarter of an hour: PYTHONPATH=.:tests python tests/kit/fuzz.py --seed 0 --count 1000
 """

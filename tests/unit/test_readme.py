@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dmd_train import __version__
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 SHORTER = "--set steps=20 --set pairs=50 --set pair_steps=2 --set pair_batch_size=4"
@@ -37,6 +39,20 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     for made in ("seven.png", "runs/demo/summary.json", "runs/demo/contact-sheet.png", "run.yaml"):
         assert (tmp_path / made).exists(), made
+
+
+def test_what_the_files_say_of_themselves_is_the_version_of_the_package_and_of_the_changelog() -> (
+    None
+):
+    package = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^## \[(\d.*)\]$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert package and newest
+    assert package[1] == newest[1] == __version__
+
+
+def test_every_requirement_begins_at_a_version_which_make_lowest_installs() -> None:
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z-]+>=[\d.]+", line), line
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from kit.command_line import Command, refused
+from kit.command_line import Command, Outcome, refused
+from kit.crashes import contents
 from kit.sd_files import Tiny
 from kit.sd_runs import LEARNS, PROMPTS, SMALL, calls, encoded
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dmd_train.config import load_config
 from dmd_train.networks.load import DIGITS_TEACHER
 from dmd_train.networks.text import TextEncoder
+from dmd_train.run.export import export
+from dmd_train.run.folder import RunFolder
 from dmd_train.terminal import commands as cli
 
 
@@ -63,6 +68,47 @@ def test_samples_take_the_prompts_by_turns_and_another_seed_gives_others(
     assert not torch.isclose(other, both).any(dim=-1).all()
     torch.testing.assert_close(fox[[0, 2]], both[[0, 2]], rtol=1e-4, atol=1e-5)
     assert not torch.equal(fox[1], both[1])
+
+
+def test_samples_are_written_over_older_ones_and_never_over_files_of_somebody_elses(
+    dmd: Command, tmp_path: Path
+) -> None:
+    def seven(out: str, count: int = 1) -> Outcome:
+        return dmd("sample", DIGITS_TEACHER, "--class", 7, "--out", out, "--count", count)
+
+    for out in ("own.png", "own"):
+        assert [seven(out).code, seven(out).code] == [0, 0]
+    Image.new("RGB", (8, 8)).save("mine.png")
+    Path("text.png").write_text("mine")
+    Path("folder.png").mkdir()
+    Path("holiday").mkdir()
+    shutil.copy("mine.png", "holiday/00001.png")
+    assert seven("own.npy").code == 0
+    before = contents(tmp_path)
+    for out in ("mine.png", "text.png", "folder.png", "own.npy"):
+        refused(seven(out), f"--out {out}: is there", "Choose another name")
+    refused(seven("holiday", 2), "--out holiday/00001.png: is there")
+    assert contents(tmp_path) == before
+
+
+def test_a_training_that_starts_meanwhile_leaves_an_export_what_it_has_written(
+    student: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = student("lora")
+    config = load_config(run / "run.yaml", [])
+    half = run / ".student-lora-0123456789abcdef.safetensors"
+
+    def halfway(*_: object) -> None:
+        half.write_bytes(b"half")
+        with RunFolder(config):
+            assert half.exists()
+
+    monkeypatch.setattr("dmd_train.run.export.write_weights", halfway)
+    export(run, "lora", "fp16")
+    assert half.exists()
+    export(run, "lora", "fp16", out=run.parent / "elsewhere.safetensors")
+    with RunFolder(config):
+        assert not half.exists()
 
 
 def test_a_lora_outside_its_run_folder_needs_its_base_and_no_other(

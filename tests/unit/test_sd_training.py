@@ -55,7 +55,7 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     weights = weights if teacher.is_dir() else teacher
     before = hash_of(weights)
     settings = {"teacher": str(teacher), "preset": preset, "resolution": 64, "steps": 3} | extra
-    run_yaml = write_sd_run(**settings, gradient_checkpointing=None)
+    run_yaml = write_sd_run(**settings, gradient_checkpointing=None, regression_weight=None)
     outcome = dmd("train", run_yaml)
     assert outcome.code == 0, outcome.out + outcome.err
     form = "lora" if preset.endswith("lora") else "unet"
@@ -66,8 +66,8 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     assert [row["step"] for row in rows] == list(range(1, settings["steps"] + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert "critic/denoising" in rows[-1] and rows[-1]["critic/gradient_norm"] > 0
-    own = PRESETS[preset].settings
-    assert ("student/regression" in rows[-1]) == (own["regression_weight"] > 0)
+    has = PRESETS[preset].settings
+    assert ("student/regression" in rows[-1]) == (has["regression_weight"] > 0)
     assert (run / "curves.png").exists()
 
     assert hash_of(weights) == before
@@ -75,10 +75,11 @@ def test_a_few_iterations_of_a_preset_give_finite_losses_and_a_student_with_its_
     recipe = read_recipe(metadata, "student")
     assert recipe
     assert (recipe.family, recipe.prediction) == (family, prediction)
-    assert list(recipe.timesteps) == own.get("timesteps", [999])
-    assert recipe.sampler == own.get("sampler", "stochastic")
+    assert list(recipe.timesteps) == has.get("timesteps", [999])
+    assert recipe.sampler == has.get("sampler", "stochastic")
+    assert bool(recipe.stock) == (preset != "sdxl-one-step-full")
     assert recipe.teacher == teacher.stem and recipe.teacher_sha256 == before
-    assert recipe.baked_guidance == own["guidance"]
+    assert recipe.baked_guidance == has["guidance"]
     assert metadata["modelspec.resolution"] == "64x64"
     assert {value.dtype for value in tensors.values()} == {torch.float16}
     assert all(value.isfinite().all() for value in tensors.values())

@@ -96,5 +96,5 @@ def test_a_folder_that_is_deleted_under_a_run_is_called_that(
     (tmp_path / "run").rename(tmp_path / "moved")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"{tmp_path / 'run'}: was deleted or moved while the run wrote to it" in err
+    assert f"{tmp_path / 'run'}: was deleted or moved while it was written to" in err
     assert len(err.splitlines()) == 1

@@ -24,6 +24,7 @@ from dmd_train.networks.load import load, save
 from dmd_train.run.folder import (
     CHECKPOINT_KEY,
     SCHEMA_KEY,
+    SETTINGS_KEY,
     STEP_KEY,
     TEACHER_KEY,
     TORCH_KEY,
@@ -33,7 +34,7 @@ from dmd_train.run.folder import (
 )
 
 CPU = torch.device("cpu")
-OURS = {MARK_KEY, CHECKPOINT_KEY, SCHEMA_KEY, TEACHER_KEY, TORCH_KEY, VERSION_KEY}
+OURS = {MARK_KEY, CHECKPOINT_KEY, SCHEMA_KEY, SETTINGS_KEY, TEACHER_KEY, TORCH_KEY, VERSION_KEY}
 
 
 @pytest.fixture
@@ -97,6 +98,20 @@ def test_an_empty_last_checkpoint_of_a_finished_run_is_made_again(config: Config
     whole = contents(config.output)
     checkpoint(config, 4).write_bytes(b"")
     assert not RunFolder(config).finished
+    train(config)
+    assert contents(config.output) == whole
+
+
+def test_a_flipped_bit_in_the_last_checkpoint_of_a_finished_run_makes_it_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config)
+    whole = contents(config.output)
+    flip(checkpoint(config, 4))
+    assert not RunFolder(config).finished
+    monkeypatch.setattr("dmd_train.run.folder.SOON_READ", 0)
+    assert RunFolder(config).finished
+    monkeypatch.undo()
     train(config)
     assert contents(config.output) == whole
 
@@ -254,7 +269,7 @@ def test_what_kills_left_half_written_is_swept_at_the_start_and_nothing_else(
     kept.write_text("mine")
     train(config)
     hidden = {path.name for path in config.output.rglob(".*")}
-    assert hidden == {".lock", kept.name}
+    assert hidden == {".lock", ".lock-export", kept.name}
 
 
 @pytest.mark.parametrize("name", [".run-0123456789abcdef.yaml", ".DS_Store", "Thumbs.db", ".lock"])
