@@ -75,6 +75,9 @@ COMMON: Row = {
     "ema_decay": 0.95,
     "guidance": 1.5,
     "regression_weight": 0.0,
+    "regression_warmup_steps": 0,
+    "beta1": 0.9,
+    "input_noise": "unit",
     "regression_loss": "mse",
     "pairs": 256,
     "pair_batch_size": 8,
@@ -137,12 +140,12 @@ class Anchored(Distillation):
         gen = generator(CPU, self.config.seed, step, "the second for the first")
         return randn((shape[0], 1, *shape[1:]), gen)
 
-    def _match(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+    def _match(self, draw: Draw, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         condition = self.conditions.take(draw.row, self.device)
         target = self._anchor(draw.z, condition)
         first = rollout(self.roles.student.network, self.recipe, condition, [draw.z])
         torch.autograd.backward(self.distance(first, target))
-        return super()._match(draw)
+        return super()._match(draw, step)
 
     @torch.no_grad()
     def _anchor(self, z: Tensor, condition: Condition) -> Tensor:
@@ -207,11 +210,11 @@ S999, S699, S599, S499 = (
     (499, 374, 249, 124),
 )
 SERIES: dict[str, Series] = {
-    "bar": Series("C", [at(399, **FEW), at(*S999, **ODE, **FEW, **SLOW)], (0, 1, 2)),
+    "bar": Series("C", [at(399, **FEW), at(*S699, **ODE, **FEW, **SLOW)], (0, 1, 2)),
     "coloured": Series(
         "C",
         [
-            at(*S699, **ODE, **FEW, **SLOW),
+            at(*S999, **ODE, **FEW, **SLOW),
             at(399),
             at(*S999, **ODE),
             at(*S999, **ODE, **SLOW),

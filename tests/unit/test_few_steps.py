@@ -105,7 +105,7 @@ def test_a_rollout_in_training_is_sampling_cut_off_at_its_step() -> None:
     for step in range(20):
         student.calls.clear(), seen.clear()
         with torch.enable_grad():
-            state._match(state._draw(matching, step, "student"))
+            state._match(state._draw(matching, step, "student"), step)
         if len(student.calls) == 3:
             break
     fresh = []
@@ -148,7 +148,7 @@ def test_the_setting_of_before_is_one_timestep_and_the_last_word_counts(tmp_path
 
 def test_a_one_step_run_is_known_by_what_it_was_known_by_before() -> None:
     """By its settings' names and values; a run of the graph has its folder's name from them."""
-    before = as_before(make_config(told(preset="sd15-one-step-lora"), "test"))
+    before = as_before(make_config(told(preset="sd15-dmd2"), "test"))
     assert before["conditioning_timestep"] == 999
     assert not before.keys() & {"timesteps", "sampler"}
     few = as_before(make_config(told(timesteps=[699, 349], sampler="deterministic"), "test"))
