@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -22,6 +23,7 @@ from .errors import UserError, shown
 from .files.text import read_text
 from .files.yaml import MOST, WAY_OUT, read_yaml
 from .method.noise import TIMESTEPS
+from .method.recipe import Sampler, falls
 from .presets import PRESETS
 
 DIGITS = "digits"
@@ -52,12 +54,18 @@ PIXELS = 8192
 RANK = 4096
 """Highest rank: beyond nearly every layer's width."""
 
+STEPS = 8
+"""Most steps of a student: DMD's kind has four (DMD2 4.4), the largest of later work eight."""
+
 THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
 
 
-LATER = {"beta1", "input_noise"}
-"""Settings that runs had not when presets began to have defaults of their own for them."""
+LATER = {
+    *("beta1", "input_noise", "sampler"),
+    *("images", "captions", "flip_images", "adversarial_weight", "critic_adversarial_weight"),
+}
+"""Settings that the first runs did not have: at their defaults they do what those did."""
 
 
 Words = Annotated[str, StringConstraints(max_length=4096)]
@@ -126,8 +134,13 @@ class Config(BaseModel):
     guidance: float = Field(1.0, ge=0, le=100, description="of the teacher; baked into the student")
     t_min: int = Field(20, ge=0, lt=TIMESTEPS, description="least timestep matched")
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
-    conditioning_timestep: int = Field(
-        TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    timesteps: tuple[StrictInt, ...] = Field(
+        (TIMESTEPS - 1,), description="of the student's steps, noisiest first; one: a one-step one"
+    )
+    sampler: Sampler = Field(
+        "stochastic",
+        description="the student's between its steps; stochastic: fresh noise, "
+        "deterministic: its own again",
     )
     input_noise: Literal["unit", "sigma"] = Field(
         "unit",
@@ -188,6 +201,15 @@ class Config(BaseModel):
             raise ValueError("is empty. Name a file or a folder")
         return value
 
+    @field_validator("timesteps")
+    @classmethod
+    def _a_schedule(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(timesteps) <= STEPS:
+            raise ValueError(f"a student has 1 to {STEPS} steps, not {len(timesteps)}")
+        if not falls(timesteps):
+            raise ValueError(f"write numbers of {TIMESTEPS - 1} to 0 that fall, each once")
+        return timesteps
+
     @field_validator("prompts")
     @classmethod
     def _spelt_as_paths_are(cls, prompts: str | None) -> str | None:
@@ -231,11 +253,13 @@ class Config(BaseModel):
 
 
 def make_config(values: dict[str, Any], source: str) -> Config:
-    """Values over preset over defaults. `source` names the file in an error.
+    """Values over preset over defaults; model_fields_set is the values' keys.
 
     Where the values are every setting but those of LATER, a version of before wrote them into a
     run's folder: what came later is then as it was without, whatever the preset has by now.
+    `source` names the file in an error.
     """
+    values = as_named_now(values)
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -257,7 +281,18 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
     if config.resolution % 64:
         raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
-    return config
+    return Config.model_construct(set(values), **dict(config))
+
+
+def as_named_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings under today's names. Of one said twice the last counts, an override."""
+    now: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "conditioning_timestep":  # before students had several steps
+            now["timesteps"] = [value]
+        else:
+            now[key] = value
+    return now
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -288,6 +323,17 @@ def settings_in(text: str, source: str) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The run.yaml that gives this very config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def as_before(config: Config) -> dict[str, Any]:
+    """The settings, as JSON has them, under the names of before: what a run is known by."""
+    values = config.model_dump(mode="json")
+    for key in LATER:
+        if values[key] == Config.model_fields[key].default:
+            del values[key]
+    if len(values["timesteps"]) == 1:
+        (values["conditioning_timestep"],) = values.pop("timesteps")
+    return values
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from .method.objectives import Denoising, Distance, DistributionMatching
 from .method.processes import Processes
 from .method.recipe import Recipe
 from .method.roles import Roles
-from .method.sample import sample_student
+from .method.sample import rollout
 from .method.seeding import generator, randn
 
 
@@ -27,11 +27,13 @@ from .method.seeding import generator, randn
 class Draw:
     """Everything random of one update: of the whole batch, or of a part of it.
 
-    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,).
+    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,); between: (B, k, C, H, W), the noise of the
+    k steps after the student's first, up to the one whose x0 it is.
     """
 
     row: Tensor
     z: Tensor
+    between: Tensor
     t: Tensor
     eps: Tensor
 
@@ -40,7 +42,7 @@ class Draw:
 
     def split(self, size: int) -> Iterator["Draw"]:
         """Micro-batches of `size`; 0: the whole."""
-        columns = (self.row, self.z, self.t, self.eps)
+        columns = (self.row, self.z, self.between, self.t, self.eps)
         for part in zip(*(x.split(size or len(x)) for x in columns), strict=True):
             yield Draw(*part)
 
@@ -123,10 +125,21 @@ class Distillation:
         rows = generator(torch.device("cpu"), self.config.seed, step, purpose, "conditions")
         shape = torch.Size((self.config.batch_size, *self.roles.student.network.shape))
         row, z = self.conditions.rows(shape[0], rows), randn(shape, gen)
-        return Draw(*(self.processes.part(x) for x in (row, z, *objective.draw(shape, gen))))
+        whole = (row, z, self._draw_between(shape, step, purpose), *objective.draw(shape, gen))
+        return Draw(*(self.processes.part(x) for x in whole))
 
-    def _generate(self, noise: Tensor, condition: Condition) -> Tensor:
-        return sample_student(self.roles.student.network, self.recipe, condition, [noise])
+    def _draw_between(self, shape: torch.Size, step: int, purpose: str) -> Tensor:
+        """Noise (B, k, C, H, W) of the steps up to one drawn at random, all alike (DMD2 4.5)."""
+        cpu, seed = torch.device("cpu"), self.config.seed
+        chosen = generator(cpu, seed, step, purpose, "student's step")
+        k = int(torch.randint(self.recipe.nfe, (), generator=chosen))
+        return randn(
+            (shape[0], k, *shape[1:]), generator(self.device, seed, step, purpose, "between")
+        )
+
+    def _generate(self, draw: Draw, condition: Condition) -> Tensor:
+        noise = [draw.z, *draw.between.unbind(1)]
+        return rollout(self.roles.student.network, self.recipe, condition, noise)
 
     def _match(self, draw: Draw, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Gradients of the distribution matching, and with images of the adversarial objective.
@@ -143,7 +156,7 @@ class Distillation:
 
         def loss(part: Draw) -> Tensor:
             condition = self.conditions.take(part.row, self.device)
-            x = self._generate(part.z, condition)
+            x = self._generate(part, condition)
             samples.append(x.detach())
             matching = self.distribution_matching(x, condition, part.t, part.eps)
             if not self.adversarial:
@@ -165,13 +178,19 @@ class Distillation:
         }, samples
 
     def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
-        """Gradients of weight times the regression. Returns its value, without the weight."""
+        """Gradients of weight times the regression. Returns its value, without the weight.
+
+        A pair is of the deterministic student's last step, whose x0 follows from the noise alone;
+        of a stochastic one's first.
+        """
+        steps = self.recipe.nfe if self.recipe.sampler == "deterministic" else 1
         gen = generator(torch.device("cpu"), self.config.seed, step, "pairs")
         numbers = self.processes.part(pairs.draw(self.config.pair_batch_size, gen))
 
         def loss(part: Tensor) -> Tensor:
             ref = pairs.take(part, self.device)
-            x_ref = self._generate(ref.noise, self.conditions.take(ref.row, self.device))
+            condition = self.conditions.take(ref.row, self.device)
+            x_ref = rollout(self.roles.student.network, self.recipe, condition, steps * [ref.noise])
             return self.distance(x_ref, ref.image)
 
         parts = numbers.split(self.config.micro_batch_size or len(numbers))
@@ -191,7 +210,7 @@ class Distillation:
             condition = self.conditions.take(part.row, self.device)
             if samples is None:
                 with torch.no_grad():
-                    x = self._generate(part.z, condition)
+                    x = self._generate(part, condition)
             else:
                 x = next(given)
             seen.append(x)

@@ -27,7 +27,7 @@ from .method.network import Network
 from .method.objectives import Distance, pseudo_huber
 from .method.processes import Processes
 from .method.roles import Roles, three_networks, two_adapters
-from .networks.loaded import Loaded, one_step_recipe
+from .networks.loaded import Loaded, student_recipe
 from .presets import families_of, presets_for
 from .room import require_disk_for_images, require_disk_for_pairs, require_room
 from .run.folder import RunFolder, require_teacher
@@ -93,7 +93,7 @@ def prepare(
     processes = processes or Processes(teacher.device)
     with out_of_memory(run.too_large):
         require_possible(config, loaded)
-        recipe = one_step_recipe(loaded, config)
+        recipe = student_recipe(loaded, config)
         distance = regression_distance(config, teacher)
         if conditions is None:
             conditions = yield from make_conditions(run, loaded, processes)

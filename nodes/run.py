@@ -195,8 +195,8 @@ def _results(run: RunFolder, model: ModelPatcher, file: Path | None) -> io.NodeO
     no_lora = ExecutionBlocker("a student of full training is no LoRA: wire DMD Save Student.")
     step = rows[-1]["step"] if rows else 0
     said = (
-        f"{run.config.preset}, step {step} of {run.config.steps}: {made_by.recipe.nfe} step at t = "
-        f"{made_by.recipe.timesteps[0]}, cfg 1. Saved in {run.path}"
+        f"{run.config.preset}, step {step} of {run.config.steps}: {made_by.recipe.steps}, "
+        f"cfg 1. Saved in {run.path}"
     )
     return io.NodeOutput(
         student,

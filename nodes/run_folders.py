@@ -6,7 +6,7 @@ from pathlib import Path
 import folder_paths
 import yaml
 
-from ..dmd_train.config import LATER, Config
+from ..dmd_train.config import Config, as_before
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.names import is_name
 from ..dmd_train.run.folder import FREE_TO_CHANGE
@@ -57,9 +57,7 @@ def run_folders() -> dict[str, Path]:
 
 def run_name(config: Config, conditions_name: str) -> str:
     """A run's name where nobody gave one: the same for the same run, and for no other."""
-    learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
-    for key in LATER:  # a run of before keeps the name that it got without them
-        if learned[key] == Config.model_fields[key].default:
-            del learned[key]
+    told = as_before(config)
+    learned = {key: told[key] for key in told.keys() - FREE_TO_CHANGE - {"prompts"}}
     digest = hashlib.sha256(yaml.safe_dump([learned, conditions_name]).encode()).hexdigest()
     return f"{config.preset}-{digest[:8]}"

@@ -28,6 +28,7 @@ RUN = {
     "batch_size": 2,
     "micro_batch_size": 1,
     "critic_updates": 1,
+    "timesteps": [999, 499],
     "warmup_steps": 0,
     "pair_steps": 2,
     "checkpoint_every": 1,
