@@ -45,7 +45,7 @@ COMMON: Row = {
     "schedule": "cosine",
     "ema_decay": 0.95,
     "guidance": 1.5,
-    "conditioning_timestep": 399,
+    "timesteps": [399],
     "input_noise": "unit",
     "beta1": 0.9,
     "regression_weight": 0.0,
@@ -67,7 +67,7 @@ BASES: dict[str, Row] = {
     | {"critic_updates": 2},
 }
 
-STOCK: Row = {"conditioning_timestep": 499, "input_noise": "sigma"}
+STOCK: Row = {"timesteps": [499], "input_noise": "sigma"}
 """What a stock KSampler draws exactly."""
 
 FEW: Row = {"regression_weight": 2.0}
@@ -99,14 +99,14 @@ class Series:
     seeds: tuple[int, ...] = (0, 1)
 
 
-T, NOISE = "conditioning_timestep", "input_noise"
+T, NOISE = "timesteps", "input_noise"
 ALONE: Row = {"regression_warmup_steps": 10**6}
 """The whole run on pairs alone."""
 
 CALM: Row = {"beta1": 0.0}
 
 SERIES: dict[str, Series] = {
-    "timestep": Series("M", [{T: 399}, {T: 499}, STOCK, {T: 999}]),
+    "timestep": Series("M", [{T: [399]}, {T: [499]}, STOCK, {T: [999]}]),
     "beta1": Series("M", [STOCK, STOCK | CALM, STOCK | FEW, STOCK | FEW | CALM]),
     "pairs": Series(
         "M",
@@ -119,14 +119,14 @@ SERIES: dict[str, Series] = {
     ),
     "coloured": Series(
         "C",
-        [{T: 399}, STOCK, {T: 999}, STOCK | FEW, STOCK | FEW | CALM, STOCK | CALM],
+        [{T: [399]}, STOCK, {T: [999]}, STOCK | FEW, STOCK | FEW | CALM, STOCK | CALM],
         (0,),
     ),
     "coloured again": Series("C", [STOCK | FEW, STOCK | FEW | CALM], (1,)),
     "loss": Series("M", [STOCK | FEW, STOCK | FEW | {"regression_loss": "pseudo-huber"}], (0,)),
     "guidance": Series(
         "M",
-        [{"guidance": g} | row for g in (3.0, 7.5) for row in (STOCK | FEW, STOCK, {T: 399})],
+        [{"guidance": g} | row for g in (3.0, 7.5) for row in (STOCK | FEW, STOCK, {T: [399]})],
         (0,),
     ),
     "critic updates": Series(
@@ -159,7 +159,7 @@ SERIES: dict[str, Series] = {
     ),
     "other timesteps": Series(
         "M",
-        [*({T: t} for t in (249, 599, 749)), *({T: t, NOISE: "sigma"} for t in (399, 599))],
+        [*({T: [t]} for t in (249, 599, 749)), *({T: [t], NOISE: "sigma"} for t in (399, 599))],
         (0,),
     ),
     "many pairs": Series("M", [STOCK | FEW | more | {"pairs": 1024} for more in ({}, ALONE)], (0,)),

@@ -88,6 +88,7 @@ class CanvasNetwork(Network):
         self.call = call_of(model)
         known = TOLD_PROMPTS.get(self.family)
         self.names = _diffusers_names(model) if known else {}
+        self.middle = _middle(self.module)
         self.lora_targets = known.lora_layers if known else BLOCK_LAYERS
         self.lora_metadata = known.lora_metadata if known else {}
 
@@ -131,6 +132,13 @@ class CanvasNetwork(Network):
         scale = alpha if isinstance(self.noise, VP) else torch.ones_like(alpha)
         x, ratio = x_t / per_sample(scale), sigma / scale  # float64, as the conversions to x0
         return self._denoised(x, ratio, condition["row"].tolist()).to(x_t.dtype)
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        rows = condition["row"]
+        if len(rows) == 1 or self._batch(rows.tolist(), x_t.device):
+            return super().features(x_t, t, condition)
+        each = zip(x_t.split(1), t.split(1), rows.split(1), strict=True)
+        return torch.cat([self.features(x_i, t_i, {"row": row}) for x_i, t_i, row in each])
 
     def _denoised(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
         """ComfyUI's own estimate of x0, one by one where the conditions do not fit into a batch."""
@@ -200,6 +208,16 @@ class CanvasNetwork(Network):
         colours = preview_colours(self.latent_format, x0)
         return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Raises UserError without a VAE."""
+        if self.vae is None:
+            raise UserError("images: wire the VAE of this model, to encode them by.")
+        with torch.inference_mode():
+            colours = images.movedim(1, -1).float().cpu() / 2 + 0.5  # BCHW -> BHWC in [0, 1]
+            latents = self.latent_format.process_in(self.vae.encode(colours).float())
+        return as_pictures(latents).clone().to(images.device)
+
     def freeze(self) -> None:
         super().freeze()
         if self.half and not self.is_quantised:
@@ -256,3 +274,17 @@ def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_on(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _middle(module: nn.Module) -> str:
+    """The name of the layer in its middle: the last of a UNet's bottleneck, else one of its blocks.
+
+    A UNet's blocks are called layer by layer. SSD-1B has no bottleneck: the last way down is.
+    """
+    if bottleneck := getattr(module, "middle_block", None):
+        return f"middle_block.{len(bottleneck) - 1}"
+    if down := getattr(module, "input_blocks", None):
+        return f"input_blocks.{len(down) - 1}.{len(down[-1]) - 1}"
+    lists = [(name, m) for name, m in module.named_children() if isinstance(m, nn.ModuleList)]
+    blocks = [f"{name}.{i}" for name, of in lists for i in range(len(of))]
+    return blocks[len(blocks) // 2] if blocks else ""

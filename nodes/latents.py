@@ -18,13 +18,26 @@ from .model_recipe import family_of, native_size
 def require_pictures(model: ModelPatcher) -> None:
     """Raises UserError for a MODEL of sounds or shapes, and for one that sets a picture in motion.
 
-    A model of videos draws pictures too: of one frame.
+    A model of videos draws pictures too, of one frame.
     """
-    is_flat = dimensions_of(model.get_model_object("latent_format")) in (2, 3)
-    if not is_flat or getattr(model.model, "image_to_video", False):
+    is_picture = dimensions_of(model.get_model_object("latent_format")) in (2, 3)
+    if not is_picture or _needs_a_picture(model):
         raise UserError(
             f"model: {family_of(model)} makes no single pictures from text. Wire a model that does."
         )
+
+
+def _needs_a_picture(model: ModelPatcher) -> bool:
+    """Whether it reads a picture beside its latent, to set it in motion.
+
+    ComfyUI's flag alone would not do: Wan 2.2 5B has it, and takes a picture or none.
+    """
+    if not getattr(model.model, "image_to_video", False):
+        return False
+    latent_format = model.get_model_object("latent_format")
+    empty = as_latent(latent_format, torch.zeros(1, latent_format.latent_channels, 8, 8))
+    read = model.model.concat_cond(noise=empty, latent_image=empty, device=empty.device)
+    return read is not None
 
 
 def dimensions_of(latent_format: LatentFormat) -> int:

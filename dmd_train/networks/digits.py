@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import Embedding, Linear, Module, ModuleList, functional, init
+from torch.nn import Embedding, Identity, Linear, Module, ModuleList, functional, init
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -53,6 +53,7 @@ class DigitsNet(Module):
         self.enter = Linear(SIZE * SIZE, width)
         self.expand = ModuleList(Linear(width, width) for _ in range(blocks))
         self.project = ModuleList(Linear(width, width) for _ in range(blocks))
+        self.middle = Identity()  # a name for what lies between the blocks
         self.leave = Linear(width, SIZE * SIZE)
         init.zeros_(self.modulation.bias)
         for layer in (*self.project, self.leave):  # F starts at zero
@@ -69,6 +70,8 @@ class DigitsNet(Module):
             scale, shift = modulation[2 * i], modulation[2 * i + 1]
             inner = expand(functional.layer_norm(h, h.shape[1:]))
             h = h + project(functional.silu(torch.addcmul(shift, inner, 1 + scale)))
+            if i == len(self.expand) // 2:
+                h = self.middle(h)
         h = functional.silu(functional.layer_norm(h, h.shape[1:]))
         f: Tensor = self.leave(h)
         return f.view_as(x)
@@ -83,6 +86,7 @@ def digits_network() -> EDMNetwork:
         classes=CLASSES,
         sigma_data=SIGMA_DATA,
         license=LICENSE,
+        middle="middle",
     )
 
 

@@ -81,8 +81,7 @@ class Found:
     @property
     def _steps(self) -> str:
         if self.recipe:
-            timesteps = ", ".join(map(str, self.recipe.timesteps))
-            return f"{self.recipe.nfe} step{'s' * (self.recipe.nfe > 1)} at t = {timesteps}"
+            return self.recipe.steps
         return "many steps" if self.layout == "our teacher" else ""
 
 

@@ -52,7 +52,7 @@ SHORT = SD | {
     "pair_batch_size": 2,
     "regression_warmup_steps": 0,
     "batch_size": 1,
-    "conditioning_timestep": 999,
+    "timesteps": [999],
 }
 named = {"ids": lambda layout: layout.name}
 

@@ -38,7 +38,7 @@ SHORT = {
     "batch_size": 2,
     "micro_batch_size": 0,
     "critic_updates": 1,
-    "conditioning_timestep": 999,
+    "timesteps": [999],
     "input_noise": "unit",
     "regression_weight": 0.0,
     "pairs": 2,
@@ -58,9 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sd15": {"preset": "sd15-one-step-lora"},
     "sd15-full": {"preset": "sd15-one-step-full", "ema_decay": 0.9},
     "sd2v": {"preset": "sd2-one-step-lora", "guidance": 1.0},
-    "sdxl": {"preset": "sdxl-one-step-lora", "guidance": 1.0}
-    | WARM
-    | {"conditioning_timestep": 399},
+    "sdxl": {"preset": "sdxl-one-step-lora", "guidance": 1.0} | WARM | {"timesteps": [399]},
     "sdxl-999": {"preset": "sdxl-one-step-lora", "guidance": 1.0} | WARM | {"steps": 1},
 }
 """Run -> its settings beside SHORT. What precedes the dash is the family of its teacher."""

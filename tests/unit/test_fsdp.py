@@ -9,6 +9,7 @@ from kit.command_line import Command
 from kit.tiny import config
 from kit.tiny_sd import tiny_sd
 from kit.two_processes import in_two_processes
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,10 +28,13 @@ RUN = {
     "batch_size": 2,
     "micro_batch_size": 1,
     "critic_updates": 1,
+    "timesteps": [999, 499],
     "warmup_steps": 0,
     "pair_steps": 2,
     "checkpoint_every": 1,
     "sample_every": 2,
+    "images": "own",
+    "adversarial_weight": 1.0,
 }
 
 
@@ -43,6 +47,11 @@ def flat(path: Path) -> Tensor:
 def test_two_processes_with_sharded_networks_give_the_weights_and_state_of_one(
     dmd: Command, tmp_path: Path
 ) -> None:
+    for number, colour in enumerate(("red", "white")):  # the head is spread, too
+        picture = Image.new("RGB", (64, 64), colour)
+        Path("own").mkdir(exist_ok=True)
+        picture.save(f"own/{number}.png")
+        Path(f"own/{number}.txt").write_text(f"a {colour} square")
     Path("prompts.txt").write_text("a red seven on blue\na green circle on black\n")
     Path("run.yaml").write_text(yaml.safe_dump(RUN | {"output": "two"}))
     # as `accelerate launch --use_fsdp` starts them

@@ -93,6 +93,6 @@ def test_eighty_steps_of_a_preset_bring_its_student_nearer_and_leave_it_diverse(
 def test_at_999_the_bar_is_not_reached(
     eps: testbeds.Testbed, known: dict[str, Learned], tmp_path: Path
 ) -> None:
-    last = {"conditioning_timestep": 999, "input_noise": "unit"}
+    last = {"timesteps": [999], "input_noise": "unit"}
     learned = learn(eps, known, "sd15-one-step-lora", tmp_path, **last)
     assert learned.last.distance > NEARER * learned.first.distance

@@ -13,8 +13,10 @@ from dmd_train.families import FAMILIES
 from dmd_train.files.write import make_folder
 from dmd_train.networks.loaded import Loaded
 from dmd_train.prepare import require_possible
-from dmd_train.presets import FORMER, PRESETS, presets_for
+from dmd_train.presets import PRESETS, presets_for
 from dmd_train.run.folder import RunFolder
+
+ANY = ["any-one-step-lora", "any-four-step-lora"]
 
 
 def model_of(family: str) -> Loaded:
@@ -32,17 +34,27 @@ def test_every_family_has_a_preset_that_a_run_accepts(family: str) -> None:
     for name in presets_for(family):
         require_possible(of_preset(name), model_of(family))
     assert presets_for(family)
-    assert (presets_for(family) == ["any-one-step-lora"]) == (family not in FAMILIES)
+    assert (presets_for(family) == ANY) == (family not in FAMILIES)
 
 
-def test_only_one_preset_is_no_familys() -> None:
+def test_two_presets_are_no_familys() -> None:
     named = {name for family in FAMILIES.values() for name in family.presets}
-    assert PRESETS.keys() - named == {"any-one-step-lora"}
+    assert PRESETS.keys() - named == set(ANY)
+
+
+def test_several_steps_of_a_preset_are_what_stock_ksamplers_simple_schedule_takes() -> None:
+    """Even parts of the way down from the first, where our loaders begin a MODEL's schedule."""
+    for name in PRESETS:
+        timesteps = of_preset(name).timesteps
+        if len(timesteps) > 1:
+            part = (timesteps[0] + 1) / len(timesteps)
+            assert timesteps == tuple(int(part * i) - 1 for i in range(len(timesteps), 0, -1))
+            assert of_preset(name).sampler == "deterministic"
 
 
 def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
     with pytest.raises(
-        UserError, match=r"is for sdxl, .* is SD3\. Choose one of any-one-step-lora\."
+        UserError, match=r"is for sdxl, .* is SD3\. Choose one of any-one-step-lora, any-four-"
     ):
         require_possible(of_preset("sdxl-one-step-lora"), model_of("SD3"))
     with pytest.raises(UserError, match=r"is sdxl\. Choose one of sdxl-one-step-lora, sdxl-"):
@@ -51,7 +63,7 @@ def test_another_familys_preset_is_refused_with_the_one_for_any() -> None:
 
 def test_the_preset_for_any_model_is_for_the_last_timestep_and_gives_a_lora() -> None:
     whole = of_preset("any-one-step-lora")
-    assert (whole.training, whole.conditioning_timestep) == ("lora", 999)
+    assert (whole.training, whole.timesteps) == ("lora", (999,))
     assert (whole.pair_sampler, whole.pair_steps, whole.guidance) == ("euler", 28, 4.5)
 
 
@@ -70,23 +82,27 @@ def test_presets_prints_every_number_with_its_source(
             assert choice.source.strip() and key in Config.model_fields
 
 
-@pytest.mark.parametrize("name", FORMER)
-def test_a_run_begun_before_a_preset_was_measured_goes_on_as_it_was(
-    name: str, tmp_path: Path
-) -> None:
+BEFORE = {
+    "conditioning_timestep": 999,
+    "regression_weight": 0.0,
+    "pairs": 1000,
+}
+"""What the LoRA presets said before they were measured."""
+
+
+def test_a_run_begun_before_its_preset_was_measured_goes_on_as_it_was(tmp_path: Path) -> None:
     """Its run.yaml was written by a version that had fewer settings, too."""
-    told = {"teacher": "a model", "output": str(tmp_path / "run"), "preset": name}
-    written = of_preset(name).model_dump(mode="json") | FORMER[name] | told
+    told = {"teacher": "a model", "output": str(tmp_path / "run"), "preset": "sd15-one-step-lora"}
+    written = make_config(told | BEFORE, "then").model_dump(mode="json")
     make_folder(tmp_path / "run")
+    (written["conditioning_timestep"],) = written.pop("timesteps")
     begun = {key: value for key, value in written.items() if key not in LATER}
     (tmp_path / "run/run.yaml").write_text(yaml.safe_dump(begun))
     with RunFolder(make_config(told, "the same run.yaml as then")) as run:
-        assert run.config.model_dump(mode="json") == written
-        assert "conditioning_timestep: " in "".join(run.notes) or name == "any-one-step-lora"
+        assert run.config.timesteps == (999,)
+        assert (run.config.pairs, run.config.regression_weight) == (1000, 0.0)
+        assert (run.config.beta1, run.config.input_noise) == (0.9, "unit")
+        assert "timesteps: [999]" in "".join(run.notes)
     assert load_config(tmp_path / "run/run.yaml", []) == run.config
-
-
-def test_what_a_preset_says_now_is_not_what_it_said() -> None:
-    for name, said in FORMER.items():
-        assert said.items() - PRESETS[name].settings.items()
-        assert said.keys() <= Config.model_fields.keys()
+    with pytest.raises(UserError, match=r"begun with pairs: 1000, now it is 64"):
+        RunFolder(make_config(told | {"pairs": 64}, "another")).__enter__()

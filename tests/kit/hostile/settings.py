@@ -140,7 +140,7 @@ SETTINGS = (
     "guidance",
     "t_min",
     "t_max",
-    "conditioning_timestep",
+    "timesteps",
     "regression_weight",
     "regression_warmup_steps",
     "regression_loss",
