@@ -131,7 +131,9 @@ class Testbed:
             label = self.of_held[torch.arange(HELD) % len(self.of_held)]
 
             def teacher(z: Tensor, condition: Condition) -> Tensor:
-                return sample_teacher(self.network, z, condition, SAMPLER, SAMPLER_STEPS, guidance)
+                return sample_teacher(
+                    self.network, z, condition, self.sampler, SAMPLER_STEPS, guidance
+                )
 
             image = kept(
                 self.folder and self.folder / f"held-{guidance}.safetensors",
