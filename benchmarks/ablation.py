@@ -14,12 +14,15 @@ the data, FD is to these, and "held out" to the others.
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dmd_train.config import Config, make_config, parse_overrides
 from dmd_train.data.conditions import Classes
@@ -93,13 +96,13 @@ def config_of(name: str, row: str, seed: int, folder: Path, changes: dict[str, A
     return config.model_copy(update={"regression_warmup_steps": config.steps}) if only else config
 
 
-def train(config: Config, shared: Path, real: PictureBatch) -> None:
-    """The run to its end; pairs are in `shared`, which every row of the seed has."""
+def train(config: Config, paired: Config, real: PictureBatch) -> None:
+    """The run to its end. paired: of a run whose pairs every row of the seed has."""
     torch.set_num_threads(1)
     loaded = load_teacher(config, torch.device("cpu"))
     pairs = None
     if config.needs_pairs:
-        with RunFolder(config.model_copy(update={"output": shared, "images": None})) as common:
+        with RunFolder(paired) as common:
             one = Processes(torch.device("cpu"))
             known = carried_out(make_conditions(common, loaded, one), lambda _: None)
             pairs = carried_out(make_run_pairs(common, loaded, known, one), lambda _: None)
@@ -144,7 +147,9 @@ def measured(
         found = []
         for seed in arguments.seeds:
             config = config_of(name, row, seed, arguments.folder, changes)
-            train(config, arguments.folder / f"pairs-{seed}", real)
+            both = config_of(name, "both", seed, arguments.folder, changes)
+            shared = arguments.folder / f"pairs-{seed}"
+            train(config, both.model_copy(update={"output": shared}), real)
             student = load(str(config.output / "student.safetensors"), torch.device("cpu"))
             found.append(numbers(*samples_of(student.network, student.recipe)))
             print(json.dumps({"row": row, "seed": seed, **found[-1]._asdict()}), flush=True)

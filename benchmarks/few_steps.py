@@ -65,6 +65,8 @@ COMMON: Row = {
     "preset": "sd15-one-step-lora",
     "cpu_threads": 1,
     "gradient_checkpointing": False,
+    "input_noise": "unit",
+    "beta1": 0.9,
     "steps": 1,
     "batch_size": 8,
     "micro_batch_size": 0,

@@ -29,6 +29,7 @@ from kit.testbeds import SAMPLER, SAMPLER_STEPS, Testbed, testbed_c, testbed_m  
 
 from dmd_train.config import Config, make_config  # noqa: E402
 from dmd_train.prepare import Ready  # noqa: E402
+from dmd_train.presets import PRESETS  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -210,7 +211,11 @@ CHANGES: dict[str, Callable[[Ready, Any], None]] = {
 
 
 def settings_of(bed: str, row: Row, seed: int) -> Row:
-    return BASES[bed] | row | {"seed": seed}
+    """Raises ValueError where the preset would have a say, and a change of it change the row."""
+    settings = BASES[bed] | row | {"seed": seed}
+    if unsaid := PRESETS[settings["preset"]].settings.keys() - settings.keys() - {"training"}:
+        raise ValueError(f"COMMON does not say {', '.join(unsaid)}")
+    return settings
 
 
 def key_of(bed: str, settings: Row) -> str:

@@ -69,6 +69,8 @@ SD_FULL = {
     "pair_sampler": Choice("pndm", "D1 B.3"),
     "pair_steps": Choice(50, "D1 B.3"),
     "regression_loss": Choice("pseudo-huber", "in latents: LPIPS needs weights of its own"),
+    "adversarial_weight": Choice(1e-3, "D2 B.5, SD 1.5; only with images"),
+    "critic_adversarial_weight": Choice(1e-2, "D2 B.5; only with images"),
     "checkpoint_every": Choice(100, WATCH),
     "sample_every": Choice(100, WATCH),
 }
@@ -108,6 +110,7 @@ SDXL = {
     "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
     "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
     "pair_sampler": Choice("euler", "D2 B.4, trailing"),
+    "adversarial_weight": Choice(5e-3, "D2 B.5, SDXL; only with images"),
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 

@@ -279,10 +279,14 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _middle(module: nn.Module) -> str:
-    """The name of the layer in its middle: a UNet's bottleneck, else one of its blocks."""
-    bottleneck = getattr(module, "middle_block", None)
-    if bottleneck:
-        return f"middle_block.{len(bottleneck) - 1}"  # called layer by layer
+    """The name of the layer in its middle: the last of a UNet's bottleneck, else one of its blocks.
+
+    A UNet's blocks are called layer by layer. SSD-1B has no bottleneck: the last way down is.
+    """
+    if bottleneck := getattr(module, "middle_block", None):
+        return f"middle_block.{len(bottleneck) - 1}"
+    if down := getattr(module, "input_blocks", None):
+        return f"input_blocks.{len(down) - 1}.{len(down[-1]) - 1}"
     lists = [(name, m) for name, m in module.named_children() if isinstance(m, nn.ModuleList)]
     blocks = [f"{name}.{i}" for name, of in lists for i in range(len(of))]
     return blocks[len(blocks) // 2] if blocks else ""

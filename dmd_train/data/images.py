@@ -92,9 +92,8 @@ def _image(pictures: Pictures, network: Network, number: int, is_mirrored: int) 
 def read_for(network: Network, pictures: Pictures, number: int) -> Tensor:
     """A picture in the network's size and number of colours. Raises UnusablePictureError."""
     channels, height, width = network.shape
-    if network.latent_scale is not None:
-        channels, height, width = 3, network.downscale * height, network.downscale * width
-    return pictures.read(number, height, width, channels)
+    of, side = (1 if channels == 1 else 3), network.downscale
+    return pictures.read(number, side * height, side * width, of)
 
 
 def unused(images: Shards, pictures: Pictures, network: Network) -> str | None:

@@ -102,7 +102,7 @@ class Recipe(BaseModel):
         sampler = "euler" if self.sampler == "deterministic" else "lcm"
         first = torch.tensor(self.timesteps[:1])
         is_vp = self.prediction != "flow"
-        for total in range(n, 20 * n + 1 if is_vp else n + 1):
+        for total in range(n, min(20 * n, TIMESTEPS) + 1 if is_vp else n + 1):
             if total > n:
                 scale = float(VP.scaled_linear().sigma(first))
             is_same = math.isclose(self.noise_scale, scale, rel_tol=1e-5)

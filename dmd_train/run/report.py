@@ -33,13 +33,15 @@ LOSSES, NORMS, RATE, OTHERS = "losses", "gradient norms", "learning rate", "othe
 CURVES = {
     "student/distribution_matching": (LOSSES, "distribution matching (shows no progress)"),
     "student/regression": (LOSSES, "student's regression on pairs"),
+    "student/adversarial": (LOSSES, "student's adversarial"),
     "critic/denoising": (LOSSES, "critic's denoising"),
+    "critic/adversarial": (LOSSES, "critic's adversarial"),
     "student/gradient_norm": (NORMS, "student"),
     "critic/gradient_norm": (NORMS, "critic"),
 }
 """Names in metrics.jsonl -> the chart they are drawn in, and what they are called there."""
 
-PATHS = ("teacher", "prompts", "output", "decoder")
+PATHS = ("teacher", "prompts", "images", "output", "decoder")
 """Settings of which a page names the last part alone: it may be sent to somebody."""
 
 PANEL = "panel"
@@ -142,11 +144,11 @@ def settings(config: Config) -> list[dict[str, str]]:
         if choice and value == choice.value:
             source = choice.source
         elif choice:
-            source = f"chosen for this run; the preset has {choice.value}"
+            source = f"this run's own; the preset has {choice.value}"
         elif not field.is_required() and value == field.default:
             source = "default"
         else:
-            source = "chosen for this run"
+            source = "this run's own"
         shown = Path(value).name if key in PATHS and value else value
         if shown not in (None, []):
             rows.append({"key": key, "value": _word(shown), "source": source})

@@ -85,7 +85,7 @@ def demo(set_: SetOption = None) -> None:
     with _opened(config) as (run, processes):
         _train(run, processes, again=f"{PYTHON} -m dmd_train demo")
         student = load(str(run.student), config.device_object())
-        _evaluate(student, config.seed, run)
+        _evaluate([student], config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
         _say_report(write_report(run))
@@ -288,11 +288,11 @@ def _pictures(out: Path, count: int) -> list[Path]:
 
 @app.command()
 def evaluate(
-    file: FileArgument,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Students, or a teacher.")],
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the fresh samples.")] = 0,
 ) -> None:
-    """Measure a file on 2,000 fresh samples: distance to the data, diversity, speed."""
-    _evaluate(load(str(file), torch.device("cpu")), seed)
+    """Measure files on 2,000 fresh samples: distance to the data, diversity, speed."""
+    _evaluate([load(str(file), torch.device("cpu")) for file in files], seed)
 
 
 @teacher_app.command()
@@ -400,18 +400,21 @@ def _say_report(report: Path) -> None:
     say(f"{report}: open it in a browser")
 
 
-def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
-    """Print the file's numbers, beside its teacher's where that is embedded; keep them in `run`."""
+def _evaluate(files: list[Loaded], seed: int, run: RunFolder | None = None) -> None:
+    """Print the files' numbers beside their teacher's; keep those of the student of `run`."""
     from ..run.metrics import MEASURE_STAGES, measure_digits, save_summary, summary
 
-    if loaded.network.family != DIGITS:
-        raise UserError(
-            f"{loaded.source}: there is no data here to compare family '{loaded.network.family}' "
-            "with. Only digits can be evaluated."
-        )
-    columns = {"teacher": load(DIGITS, loaded.network.device)}
-    if loaded.sha256 != columns["teacher"].sha256:
-        columns["student" if loaded.recipe else "file"] = loaded
+    for loaded in files:
+        if loaded.network.family != DIGITS:
+            raise UserError(
+                f"{loaded.source}: there is no data here to compare family "
+                f"'{loaded.network.family}' with. Only digits can be evaluated."
+            )
+    columns = {"teacher": load(DIGITS, files[0].network.device)}
+    for loaded in files:
+        if loaded.sha256 != columns["teacher"].sha256:
+            kind = "student" if loaded.recipe else "file"
+            columns[kind if len(files) == 1 else f"{len(columns)}. {kind}"] = loaded
     numbers = {}
     with bar() as progress:
         for name, column in columns.items():

@@ -48,6 +48,7 @@ def test_the_panel_of_a_run_is_there_again_after_a_reload_and_a_cached_run_and_o
     planned.filter(has_text="steps").filter(has_text="the preset has 1500").wait_for()
     page.set_widgets("DMD_Distill", steps=0)
     planned.filter(has_text="steps").filter(has_text="two minutes on a CPU").wait_for()
+    page.screenshot("panel-next-run")
     page.set_widgets("DMD_Distill", advanced="t_min: 2000")
     page.page.locator(".dmd-panel").get_by_text("t_min: input should be less than 1000").wait_for()
     page.set_widgets("DMD_Distill", steps=STEPS, advanced=QUICK)

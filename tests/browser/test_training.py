@@ -23,8 +23,8 @@ from dmd_train.run.metrics import SamplerNumbers, measure_digits
 
 DISTIL_DIGITS = PACK / "workflows/distil-digits.json"
 DIGITS = 10
-STEPS, PAIRS = 1500, 16000
-"""The preset's."""
+STEPS, PAIRS = 500, 8000
+"""A third of the preset's steps, half of its pairs: a minute less, and digits all the same."""
 SHOWN = ("DMD_Distill", "DMD_Compare")
 PROGRESS = re.compile(r"(pairs|step) (\d+) of (\d+), \d+:\d\d left", re.ASCII)
 
@@ -39,7 +39,7 @@ RED_PICTURE = {
 
 @dataclass
 class Trained:
-    """One run of distil-digits from the page, with everything as the file has it."""
+    """One run of distil-digits from the page, with everything but its length as the file has it."""
 
     page: ComfyPage
     run: Path
@@ -81,10 +81,11 @@ def pictures_of(page: ComfyPage, entry: dict[str, Any]) -> dict[str, list[Path]]
 def trained(server: Server, browser: Browser) -> Iterator[Trained]:
     with opened(server, browser, "classic") as page:
         page.load(DISTIL_DIGITS)
+        page.set_widgets("DMD_Distill", steps=STEPS, advanced=f"pairs: {PAIRS}")
         page.look_at(*SHOWN)
         page.listen()
         page.press_run()
-        wait_for_line(page, "pairs", 2000)
+        wait_for_line(page, "pairs", PAIRS // 4)
         page.screenshot("distil-digits-pairs")
         wait_for_line(page, "step", STEPS // 2)
         node = "window.app.graph.nodes.find(node => node.type === 'DMD_Distill')"
@@ -130,8 +131,8 @@ def test_the_student_from_the_page_is_as_good_as_the_headless_one(trained: Train
         loaded.network, loaded.recipe, 0, lambda completed: None
     )
     assert numbers.nfe == 1
-    assert numbers.frechet_distance < 0.25  # make demo: 0.192
-    assert numbers.intra_class_std_ratio > 0.8  # 0.885
+    assert numbers.frechet_distance < 0.3  # headless, as long: 0.245; make demo: 0.192
+    assert numbers.intra_class_std_ratio > 0.8  # 0.863; 0.885
 
 
 def test_the_page_ends_with_ten_digits_of_one_step_beside_their_teachers(trained: Trained) -> None:

@@ -38,6 +38,8 @@ SD = {
     "batch_size": 2,
     "micro_batch_size": 0,
     "critic_updates": 1,
+    "conditioning_timestep": 999,
+    "input_noise": "unit",
     "regression_weight": 0.0,
     "pair_steps": 2,
     "learning_rate": 1e-3,

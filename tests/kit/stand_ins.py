@@ -26,9 +26,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "steps": 2,
         "resolution": 64,
         "rank": 4,
-        "advanced": "batch_size: 2\ncritic_updates: 1\npairs: 2\npair_steps: 2",
+        "advanced": "batch_size: 1\ncritic_updates: 1\npairs: 2\npair_steps: 2",
     },
-    "DMD_Compare": {"count": 2, "teacher_steps": 2, "width": 64, "height": 64},
+    "DMD_Compare": {"count": 1, "teacher_steps": 2, "width": 64, "height": 64},
 }
 """Node -> the widgets that make it quick."""
 

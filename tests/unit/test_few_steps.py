@@ -203,3 +203,22 @@ def test_a_file_of_one_step_says_what_files_of_before_said() -> None:
     assert (
         "deterministic" in recipe(sampler="deterministic").to_metadata("a", (3, 8, 8))[RECIPE_KEY]
     )
+
+
+@pytest.mark.long
+def test_students_of_one_and_of_two_steps_are_evaluated_side_by_side(
+    dmd: Command, write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmd_train.run.metrics.SAMPLES", 500)
+    monkeypatch.setattr("dmd_train.run.metrics.HEUN_STEPS", 2)
+    monkeypatch.setenv("COLUMNS", "200")
+    files = []
+    for name, timesteps in (("one", "[999]"), ("two", "[999, 499]")):
+        settings = ("--set", f"timesteps={timesteps}", "--set", f"output={tmp_path / name}")
+        run_yaml = write_run(tmp_path, steps=2, sample_every=10**6)
+        outcome = dmd("train", run_yaml, *settings)
+        assert outcome.code == 0, outcome.err
+        files.append(tmp_path / name / "student.safetensors")
+    said = dmd("evaluate", *files).out
+    assert "1. student (1 NFE)" in said and "2. student (2 NFE)" in said
+    assert "speed-up" not in said

@@ -99,7 +99,7 @@ def test_each_setting_names_its_source_and_no_folder_of_this_machine(tmp_path: P
     assert rows["steps"] == {
         "key": "steps",
         "value": "7",
-        "source": "chosen for this run; the preset has 1500",
+        "source": "this run's own; the preset has 1500",
     }
     assert rows["critic_updates"]["source"] == "D2 4.2, ImageNet"
     assert rows["seed"]["source"] == "default"

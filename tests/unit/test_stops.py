@@ -15,6 +15,9 @@ from dmd_train.files.read import read_safetensors
 
 ROOT = Path(__file__).parents[2]
 
+PATIENCE = 600
+"""Seconds after which a process hangs: on a busy machine a minute is soon over."""
+
 
 def start(*arguments: object, **how: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "dmd_train", *map(str, arguments)]
@@ -40,7 +43,7 @@ runpy.run_module("dmd_train", run_name="__main__")
 )
 def test_ctrl_c_while_libraries_load_is_no_traceback(module: str) -> None:
     command = [sys.executable, "-c", CTRL_C_AT, module]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -70,7 +73,7 @@ def test_a_closed_terminal_is_a_stop_that_saves(tmp_path: Path, write_run: Write
     os.close(theirs)
     wait_for_checkpoint(tmp_path / "run", process)
     os.close(ours)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGHUP
     at = int(newest(tmp_path / "run").stem.removeprefix("step-"))
     metrics = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(metrics) == at < 4000
@@ -83,7 +86,7 @@ def test_sighup_sent_twice_saves_and_says_how_to_go_on(tmp_path: Path, write_run
     wait_for_checkpoint(tmp_path / "run", process)
     for _ in range(2):
         process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGHUP, err
     assert "stopped and saved. Go on with: " in " ".join(out.split())
 
@@ -94,7 +97,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_called_that(
     process = start("train", write_run(tmp_path, steps=100_000))
     wait_for_checkpoint(tmp_path / "run", process)
     (tmp_path / "run").rename(tmp_path / "moved")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert f"{tmp_path / 'run'}: was deleted or moved while it was written to" in err
     assert len(err.splitlines()) == 1
