@@ -215,8 +215,10 @@ class CanvasNetwork(Network):
             raise UserError("images: wire the VAE of this model, to encode them by.")
         with torch.inference_mode():
             colours = images.movedim(1, -1).float().cpu() / 2 + 0.5  # BCHW -> BHWC in [0, 1]
-            latents = self.latent_format.process_in(self.vae.encode(colours).float())
-        return as_pictures(latents).clone().to(images.device)
+            # one by one: a VAE of videos takes a batch for the frames of one
+            latents = torch.cat([self.vae.encode(colour) for colour in colours.split(1)])
+            x0 = as_pictures(self.latent_format.process_in(latents.float()))
+        return x0.clone().to(images.device)
 
     def freeze(self) -> None:
         super().freeze()

@@ -166,9 +166,12 @@ class _ReachedError(Exception):
 
 
 def _as_map(features: Tensor) -> Tensor:
-    """(B, C, H, W) as it is; (B, C), and the mean of (B, N, C) over tokens, as (B, C, 1, 1)."""
-    if features.dim() == 3:
-        features = features.mean(dim=1)
+    """(B, C, H, W) as it is; (B, C), and the mean over tokens, as (B, C, 1, 1).
+
+    Tokens are (B, N, C), or (B, T, H, W, C) where a network keeps their places (Cosmos Predict2).
+    """
+    if features.dim() in (3, 5):
+        features = features.flatten(1, -2).mean(dim=1)
     return features if features.dim() == 4 else features[:, :, None, None]
 
 

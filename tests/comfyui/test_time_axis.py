@@ -26,6 +26,7 @@ from kit.time_axis import (
     QWEN,
     WAN,
     WAN_OF_A_PICTURE,
+    WIDTH,
     TimeAxis,
     one_vae,
 )
@@ -89,12 +90,16 @@ def test_the_engine_predicts_what_comfyui_itself_does(server: Server, layout: Ti
     ours = {"x": x_t[:, :, None], "sigma": sigma.float()}
     save_file(ours, server.base / "input/applied.safetensors")
     graph.add("Probe_ApplyModel", model=loaded, conditions=text, name="applied")
-    found = predicted(server, graph, loaded, text, x_t, TIMESTEPS, vae=one_vae(server, graph))
+    found = predicted(
+        server, graph, loaded, text, x_t, TIMESTEPS, vae=one_vae(server, graph), images=True
+    )
     theirs = load_file(server.base / "output/applied.safetensors")["x0"]
     assert theirs.shape == (3, CHANNELS, 1, 8, 8)
     for mu, x0 in zip(found["mu"], theirs.squeeze(2), strict=True):
         assert error(mu, x0) <= EXACT
     assert found["image"].shape == (3, 3, 64, 64)
+    assert found["encoded"].shape == (3, *SHAPE)
+    assert found["features"].shape == (3, WIDTH, 1, 1)
 
     step = 0.01 * noise(1, *SHAPE, seed=1)
     beside = torch.cat([x_t[1:2], x_t[1:2] + step, x_t[1:2] - step])

@@ -27,6 +27,7 @@ class PredictX0:
     """mu(x_t, t, condition) of input/NAME.safetensors (x_t, t, row), its gradients, the pictures.
 
     settings: YAML over the preset. The gradients are those of mu's sum with respect to x_t.
+    images: also what real images need, the pictures encoded again and the middle's features.
     """
 
     CATEGORY = "probe"
@@ -43,7 +44,11 @@ class PredictX0:
                 "name": ("STRING", {"default": ""}),
                 "settings": ("STRING", {"default": "", "multiline": True}),
             },
-            "optional": {"negative": ("CONDITIONING",), "vae": ("VAE",)},
+            "optional": {
+                "negative": ("CONDITIONING",),
+                "vae": ("VAE",),
+                "images": ("BOOLEAN", {"default": False}),
+            },
         }
 
     def predict(
@@ -54,6 +59,7 @@ class PredictX0:
         settings: str,
         negative: Any = None,
         vae: Any = None,
+        images: bool = False,
     ) -> dict[str, Any]:
         from folder_paths import get_input_directory, get_output_directory
 
@@ -71,6 +77,10 @@ class PredictX0:
             mu = network.predict_x0(x_t, given["t"].clone(), {"row": given["row"].clone()})
             mu.sum().backward()
             found = {"mu": mu.detach(), "gradient": x_t.grad, "image": network.to_images(mu)}
+            if images:
+                found["encoded"] = network.encode(found["image"])
+                found["features"] = network.features(x_t, given["t"], {"row": given["row"]})
+                found["features"] = found["features"].detach()
         whole = {key: value.clone().float().contiguous() for key, value in found.items()}
         save_file(whole, Path(get_output_directory(), f"{Path(name).name}.safetensors"))
         told = [network.family, network.prediction, *map(str, network.shape)]
