@@ -469,6 +469,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _refuse(f"{where}{error.strerror or error}. Check the path, and the room on the disk.")
+    except UnicodeEncodeError as error:  # of a path, which older versions of typer look for
+        _refuse(f"{error.object}: not a name that a file can have. Check the path.")
     except Exception as error:
         # typer's own for a wrong option, by whichever name its version has for them
         if not hasattr(error, "format_message"):
