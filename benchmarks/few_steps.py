@@ -76,8 +76,6 @@ COMMON: Row = {
     "guidance": 1.5,
     "regression_weight": 0.0,
     "regression_warmup_steps": 0,
-    "beta1": 0.9,
-    "input_noise": "unit",
     "regression_loss": "mse",
     "pairs": 256,
     "pair_batch_size": 8,
@@ -203,14 +201,35 @@ class Series:
 FEW: Row = {"regression_weight": 2.0}
 ODE: Row = {"sampler": "deterministic"}
 SLOW: Row = {"learning_rate": 1e-4}
-S999, S699, S599, S499 = (
-    (999, 749, 499, 249),
-    (699, 524, 349, 174),
-    (599, 449, 299, 149),
-    (499, 374, 249, 124),
-)
+STOCK: Row = {"input_noise": "sigma"}
+CALM: Row = {"beta1": 0.0}
+S999, S699, S499 = (999, 749, 499, 249), (699, 524, 349, 174), (499, 374, 249, 124)
+S666 = (666, 499, 333, 166)
+"""With STOCK, exact in a stock KSampler at denoise 0.66."""
+
 SERIES: dict[str, Series] = {
-    "bar": Series("C", [at(399, **FEW), at(*S699, **ODE, **FEW, **SLOW)], (0, 1, 2)),
+    "bar": Series(
+        "C",
+        [
+            at(399, **FEW),
+            at(499, **FEW, **STOCK),
+            at(*S666, **ODE, **FEW, **STOCK, **SLOW),
+            at(499, **FEW, **STOCK, **SLOW),
+            at(*S699, **ODE, **FEW, **SLOW),
+        ],
+        (0, 1, 2),
+    ),
+    "stock": Series(
+        "M",
+        [
+            at(499, **FEW, **STOCK, **CALM),
+            at(*S666, **ODE, **FEW, **STOCK, **CALM),
+            at(*S666, **ODE, **FEW, **STOCK),
+            at(666, 333, **ODE, **FEW, **STOCK, **CALM),
+            *(at(*s, **ODE, **FEW) for s in (S699, S999)),
+        ],
+        (0, 1, 2),
+    ),
     "coloured": Series(
         "C",
         [
