@@ -204,8 +204,8 @@ SLOW: Row = {"learning_rate": 1e-4}
 STOCK: Row = {"input_noise": "sigma"}
 CALM: Row = {"beta1": 0.0}
 S999, S699, S499 = (999, 749, 499, 249), (699, 524, 349, 174), (499, 374, 249, 124)
-S666 = (666, 499, 333, 166)
-"""With STOCK, exact in a stock KSampler at denoise 0.66."""
+S799 = (799, 599, 399, 199)
+"""With STOCK, exact in a stock KSampler at denoise 0.8."""
 
 SERIES: dict[str, Series] = {
     "bar": Series(
@@ -213,7 +213,7 @@ SERIES: dict[str, Series] = {
         [
             at(399, **FEW),
             at(499, **FEW, **STOCK),
-            at(*S666, **ODE, **FEW, **STOCK, **SLOW),
+            at(*S799, **ODE, **FEW, **STOCK, **SLOW),
             at(499, **FEW, **STOCK, **SLOW),
             at(*S699, **ODE, **FEW, **SLOW),
         ],
@@ -223,9 +223,9 @@ SERIES: dict[str, Series] = {
         "M",
         [
             at(499, **FEW, **STOCK, **CALM),
-            at(*S666, **ODE, **FEW, **STOCK, **CALM),
-            at(*S666, **ODE, **FEW, **STOCK),
-            at(666, 333, **ODE, **FEW, **STOCK, **CALM),
+            at(*S799, **ODE, **FEW, **STOCK, **CALM),
+            at(*S799, **ODE, **FEW, **STOCK),
+            at(499, 249, **ODE, **FEW, **STOCK, **CALM),
             *(at(*s, **ODE, **FEW) for s in (S699, S999)),
         ],
         (0, 1, 2),

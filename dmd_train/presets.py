@@ -141,8 +141,8 @@ SEVERAL_STEPS = {
     "regression_loss": Choice("mse", STEPS_MEASURED),
     "pairs": Choice(256, STEPS_MEASURED),
 }
-FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 499, 333, 166], STEPS_MEASURED)}
-TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 333], "as of four; not measured alone")}
+FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([799, 599, 399, 199], STEPS_MEASURED)}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([499, 249], "as of four; not measured alone")}
 FOUR_OF_ANY = {
     "timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999"),
     "input_noise": Choice("unit", "as at 999"),

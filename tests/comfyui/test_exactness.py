@@ -45,12 +45,17 @@ EXACT_EDM = 3e-5
 OFF = 0.1
 """What is wrong is wrong by more than this."""
 CPU = torch.device("cpu")
-STOCK = Recipe(
-    family="sd1",
-    prediction="eps",
-    timesteps=(499,),
-    noise_scale=float(VP.scaled_linear().sigma(torch.tensor([499]))),
-)
+
+
+def stock_student(*timesteps: int) -> Recipe:
+    """Trained from noise of the first timestep's sigma, deterministic between its steps."""
+    return Recipe(
+        family="sd1",
+        prediction="eps",
+        timesteps=timesteps,
+        sampler="deterministic",
+        noise_scale=float(VP.scaled_linear().sigma(torch.tensor(timesteps[:1]))),
+    )
 
 
 def load(server: Server, graph: Graph, family: str) -> Node:
@@ -178,38 +183,45 @@ def test_without_our_model_sampling_a_student_of_399_is_off_even_at_the_right_si
     assert error(stock, expected) > OFF
 
 
-def student_of_499(path: Path) -> None:
-    """A file that says it was trained at 499 on noise of sigma_499."""
-    tiny_sd15(path)
-    save_file(load_file(path), path, STOCK.to_metadata("a student", (3, 64, 64)))
-
-
-def test_a_stock_ksampler_without_any_node_of_ours_draws_a_student_of_499_exactly(
-    server: Server,
+@pytest.mark.parametrize(
+    ("timesteps", "samplers"),
+    [((499,), ("lcm", "euler", "dpmpp_2m")), ((799, 599, 399, 199), ("euler",))],
+)
+def test_a_stock_ksampler_without_any_node_of_ours_draws_a_student_of_sigma_noise_exactly(
+    timesteps: tuple[int, ...], samplers: tuple[str, ...], server: Server
 ) -> None:
     """As a recipe's `stock` has it; and our loader, which knows the recipe, at denoise 1."""
-    name = put(server, student_of_499)
-    graph, settings = Graph(), STOCK.stock
-    assert settings
+    recipe = stock_student(*timesteps)
+
+    def student(path: Path) -> None:
+        tiny_sd15(path)
+        save_file(load_file(path), path, recipe.to_metadata("a student", (3, 64, 64)))
+
+    student.__name__ = f"student_of_{timesteps[0]}"
+    name = put(server, student)
+    graph, settings = Graph(), recipe.stock
+    assert settings and settings.sampler in samplers
     text, empty = graph.condition("sd15"), graph.empty()
     stock = graph.add("CheckpointLoaderSimple", ckpt_name=name)
     ours = graph.add("DMD_LoadCheckpoint", file=f"checkpoints/{name}")
+    steps = {"steps": settings.steps}
     sampled = sample(
         server,
         graph,
         *(
-            graph.ksampler(stock, text, empty, sampler=sampler, denoise=settings.denoise)
-            for sampler in ("lcm", "euler", "dpmpp_2m")
+            graph.ksampler(stock, text, empty, sampler=way, denoise=settings.denoise, **steps)
+            for way in samplers
         ),
-        graph.ksampler(ours, text, empty),
+        graph.ksampler(ours, text, empty, sampler=settings.sampler, **steps),
         graph.one_step(ours, text),
     )
     unet = unet_of(server.base / "models/checkpoints" / put(server, tiny_sd15))
-    start = STOCK.noise_scale * noise(1, 4, 8, 8)
-    expected = by_diffusers(unet, "sd15", [499], start, NO_NOISE)
-    assert max(error(latent, expected) for latent in sampled) <= 1e-5
-    unscaled = by_diffusers(unet, "sd15", [499], noise(1, 4, 8, 8), NO_NOISE)
-    assert error(unscaled, expected) > OFF
+    start = recipe.noise_scale * noise(1, 4, 8, 8)
+    expected = by_diffusers(unet, "sd15", list(timesteps), start, None)
+    errors = [error(latent, expected) for latent in sampled]
+    assert max(errors) <= 1e-5, errors
+    unscaled = by_diffusers(unet, "sd15", list(timesteps), noise(1, 4, 8, 8), None)
+    assert error(unscaled, expected) > 1e-2
 
 
 def labelled(count: int) -> dict[str, Tensor]:

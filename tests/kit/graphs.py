@@ -210,11 +210,12 @@ def by_diffusers(
     family: str,
     timesteps: list[int],
     start: Tensor,
-    between: Tensor,
+    between: Tensor | None,
 ) -> Tensor:
     """What diffusers' LCMScheduler makes of these weights, as a LATENT of ComfyUI's.
 
-    start: (B, 4, H, W) ~ N(0, I); between: Graph.step_noise, of every step but the last, or more.
+    start: (B, 4, H, W) ~ N(0, I); between: Graph.step_noise, of every step but the last, or more;
+    None: the noise that is in x_t by its x0, again.
     """
     width, pooled_width = CONTEXT[family]
     batch, _, high, wide = start.shape
@@ -228,12 +229,13 @@ def by_diffusers(
     scheduler.set_timesteps(timesteps=timesteps)
     text = condition(SEED, width).expand(batch, -1, -1)
     x = start
-    for t, after, eps in zip_longest(
-        scheduler.timesteps, scheduler.timesteps[1:], between.split(batch)[: len(timesteps) - 1]
-    ):
+    for i, (t, after) in enumerate(zip_longest(scheduler.timesteps, scheduler.timesteps[1:])):
         output = unet(x, t, text, added_cond_kwargs=added).sample
         x0: Tensor = scheduler.step(output, t, x).denoised
         if after is not None:
+            abar = scheduler.alphas_cumprod[t]
+            own = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+            eps = own if between is None else between.split(batch)[i]
             x = scheduler.add_noise(x0, eps, after[None])
     return x0 / LATENT_SCALE[family]
 
