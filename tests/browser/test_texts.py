@@ -13,7 +13,7 @@ from kit.node_texts import FILE, PREFIX, node_texts
 
 from dmd_train.config import Config
 
-OF_THE_GRAPH = {"teacher", "prompts", "output", "preset", "device", "seed"}
+OF_THE_GRAPH = {"teacher", "prompts", "images", "output", "preset", "device", "seed"}
 """Settings that wires and widgets of DMD Distill make."""
 
 

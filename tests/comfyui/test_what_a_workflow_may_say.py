@@ -45,6 +45,7 @@ def output(server: Server) -> set[Path]:
     [
         *((f"{key}: x", f"{key} is set by the graph") for key in ("output", "prompts", "teacher")),
         ("decoder: /etc/passwd", "decoder: a workflow names no files"),
+        ("images: /etc", "images is set by the graph"),
         ("trackers: [wandb]", "wandb sends data, which no workflow may ask for"),
         ("trackers: wandb", "wandb sends data"),
         ('{"trackers": ["tensorboard", "wandb"]}', "wandb sends data"),

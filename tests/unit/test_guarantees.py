@@ -150,7 +150,8 @@ def another(key: str, value: Any) -> Any:
         case int():
             return value - 64 if value > 64 else value + 64
         case _:
-            named = {"teacher": "x", "prompts": "x.txt", "preset": "sd15-paper", "decoder": "x"}
+            named = dict.fromkeys(("teacher", "prompts", "decoder", "images"), "x")
+            named |= {"preset": "sd15-paper", "timesteps": (399,)}
             choices = Config.model_json_schema()["properties"][key].get("enum", [named.get(key)])
             return next(choice for choice in choices if choice != value)
 
