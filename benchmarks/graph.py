@@ -34,6 +34,7 @@ SD = {
     "micro_batch_size": 0,
     "gradient_checkpointing": False,
     "cpu_threads": 1,
+    "regression_weight": 0.0,
     "pair_steps": 2,
     "sample_every": 10**6,
     "checkpoint_every": 10**6,

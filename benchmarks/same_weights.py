@@ -7,7 +7,8 @@ doors alone: `python -m dmd_train train`, and DMD Distill in a ComfyUI server. W
 (tiny checkpoints of random weights, prompts, run.yaml) is made once, by the tree of this file.
 Compared are all tensors and the metadata (which may have grown) of student.safetensors and of the
 last checkpoint, which holds parameters, moving average and the optimisers' state. Two of the runs
-are also begun at FIRST, stopped, and continued at LAST; they must end as the whole one at LAST.
+are also begun at FIRST, stopped, and continued at LAST; they must end as the whole one at FIRST,
+also where a preset's defaults have changed in between (then the others differ).
 Exit status 1 where anything differs.
 """
 
@@ -119,7 +120,7 @@ def from_terminal(first: Path, last: Path, base: Path, demo_steps: int) -> Itera
         if title in CONTINUED:
             begin(first, run_yaml, runs / "begun")
             train(last, run_yaml, runs / "begun")
-            yield f"{title}, begun before", runs / "begun", runs / last.name
+            yield f"{title}, begun before", runs / "begun", runs / first.name
 
 
 def on_canvas(first: Path, last: Path, base: Path) -> Iterator[Pair]:

@@ -1,6 +1,7 @@
 """run.yaml as a validated model, and the presets that fill in what it leaves out."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -21,6 +23,7 @@ from .errors import UserError, shown
 from .files.text import read_text
 from .files.yaml import MOST, WAY_OUT, read_yaml
 from .method.noise import TIMESTEPS
+from .method.recipe import Sampler, falls
 from .presets import PRESETS
 
 DIGITS = "digits"
@@ -51,8 +54,18 @@ PIXELS = 8192
 RANK = 4096
 """Highest rank: beyond nearly every layer's width."""
 
+STEPS = 8
+"""Most steps of a student: DMD's kind has four (DMD2 4.4), the largest of later work eight."""
+
 THREADS = 1024
 """Most threads: more cores than a machine has. Each one asked for is started."""
+
+
+LATER = {
+    *("beta1", "input_noise", "sampler"),
+    *("images", "captions", "flip_images", "adversarial_weight", "critic_adversarial_weight"),
+}
+"""Settings that the first runs did not have: at their defaults they do what those did."""
 
 
 Words = Annotated[str, StringConstraints(max_length=4096)]
@@ -110,6 +123,7 @@ class Config(BaseModel):
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's momentum, of student and critic")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="of AdamW")
     clip_norm: float = Field(
         10.0, gt=0, le=1e12, description="largest gradient L2 norm of an update"
@@ -120,8 +134,18 @@ class Config(BaseModel):
     guidance: float = Field(1.0, ge=0, le=100, description="of the teacher; baked into the student")
     t_min: int = Field(20, ge=0, lt=TIMESTEPS, description="least timestep matched")
     t_max: int = Field(980, ge=0, lt=TIMESTEPS, description="greatest timestep matched")
-    conditioning_timestep: int = Field(
-        TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="of the student's one step"
+    timesteps: tuple[StrictInt, ...] = Field(
+        (TIMESTEPS - 1,), description="of the student's steps, noisiest first; one: a one-step one"
+    )
+    sampler: Sampler = Field(
+        "stochastic",
+        description="the student's between its steps; stochastic: fresh noise, "
+        "deterministic: its own again",
+    )
+    input_noise: Literal["unit", "sigma"] = Field(
+        "unit",
+        description="of the student's one step: N(0, I) as it is, or times sigma of that timestep, "
+        "as samplers without our nodes give it",
     )
     regression_weight: float = Field(
         ge=0, le=1e6, description="of the regression on pairs; 0: none"
@@ -142,6 +166,23 @@ class Config(BaseModel):
         None, description="a TAESD file or folder, for lpips and pictures; none: the teacher's VAE"
     )
 
+    images: Words | None = Field(
+        None,
+        description="a folder of real ones, or 'digits' (scikit-learn's), for the adversarial "
+        "objective; none: without it",
+    )
+    captions: Literal["auto", "txt", "names", "folders", "none"] = Field(
+        "auto",
+        description="of the images: files beside them, their names, their folders' (of classes)",
+    )
+    flip_images: bool = Field(False, description="learn from their mirror images, too")
+    adversarial_weight: float = Field(
+        3e-3, ge=0, le=1e6, description="of the adversarial objective, for the student"
+    )
+    critic_adversarial_weight: float = Field(
+        1e-2, ge=0, le=1e6, description="of the adversarial objective, for the critic"
+    )
+
     checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
@@ -156,9 +197,18 @@ class Config(BaseModel):
         wanted = cls.model_fields[field.field_name].annotation
         if isinstance(value, bool) and wanted in (int, float):
             raise ValueError("should be a number")
-        if value == "" and field.field_name in ("teacher", "output", "decoder"):
+        if value == "" and field.field_name in ("teacher", "output", "decoder", "images"):
             raise ValueError("is empty. Name a file or a folder")
         return value
+
+    @field_validator("timesteps")
+    @classmethod
+    def _a_schedule(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(timesteps) <= STEPS:
+            raise ValueError(f"a student has 1 to {STEPS} steps, not {len(timesteps)}")
+        if not falls(timesteps):
+            raise ValueError(f"write numbers of {TIMESTEPS - 1} to 0 that fall, each once")
+        return timesteps
 
     @field_validator("prompts")
     @classmethod
@@ -181,6 +231,14 @@ class Config(BaseModel):
             return "Choose a LoRA preset (training: lora)."
         return f"Set lora_rank: {max(4, self.lora_rank // 2)}, or a smaller resolution."
 
+    def rate(self, step: int) -> float:
+        """Learning rate at student update `step` (from 0): linear warm-up, then the schedule."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.learning_rate * warmup
+        decay = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * warmup * decay
+
     def half(self, device: torch.device) -> bool:
         """Whether networks compute in bfloat16 on this device."""
         return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
@@ -195,7 +253,13 @@ class Config(BaseModel):
 
 
 def make_config(values: dict[str, Any], source: str) -> Config:
-    """Values over preset over defaults. `source` names the file in an error."""
+    """Values over preset over defaults; model_fields_set is the values' keys.
+
+    Where the values are every setting but those of LATER, a version of before wrote them into a
+    run's folder: what came later is then as it was without, whatever the preset has by now.
+    `source` names the file in an error.
+    """
+    values = as_named_now(values)
     for key in values:
         if key not in Config.model_fields:
             near = _nearest(key, Config.model_fields)
@@ -205,7 +269,8 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         near = _nearest(str(preset), PRESETS)
         raise UserError(f"{source}: preset: there is no {shown(preset)}.{near}")
     try:
-        config = Config.model_validate(PRESETS[preset].settings | values)
+        is_of_before = Config.model_fields.keys() - LATER <= values.keys()
+        config = Config.model_validate(({} if is_of_before else PRESETS[preset].settings) | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -216,7 +281,18 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
     if config.resolution % 64:
         raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
-    return config
+    return Config.model_construct(set(values), **dict(config))
+
+
+def as_named_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings under today's names. Of one said twice the last counts, an override."""
+    now: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "conditioning_timestep":  # before students had several steps
+            now["timesteps"] = [value]
+        else:
+            now[key] = value
+    return now
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -247,6 +323,17 @@ def settings_in(text: str, source: str) -> dict[str, Any]:
 def dump_config(config: Config) -> str:
     """The run.yaml that gives this very config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def as_before(config: Config) -> dict[str, Any]:
+    """The settings, as JSON has them, under the names of before: what a run is known by."""
+    values = config.model_dump(mode="json")
+    for key in LATER:
+        if values[key] == Config.model_fields[key].default:
+            del values[key]
+    if len(values["timesteps"]) == 1:
+        (values["conditioning_timestep"],) = values.pop("timesteps")
+    return values
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,18 +1,20 @@
 """The loop: a generator of StepReport that every door only iterates."""
 
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from .errors import out_of_memory
+from .errors import UserError, out_of_memory
 from .method.processes import whole
 from .prepare import Ready
 from .run.folder import Checkpoint, student_marks
 from .run.journal import Journal
 from .run.pixels import save_picture
+from .run.report import write_report
 from .run.student import write_student
 
 SHOWN = {
@@ -71,6 +73,8 @@ def distil(ready: Ready) -> Generator[StepReport]:
 
     def finish() -> None:
         save()
+        if processes.is_main:
+            write_report(run)  # before the student, by which a run is finished
         with state.ema.swapped_in():
             tensors = {key: whole(value) for key, value in student.file_tensors().items()}
             if processes.is_main:
@@ -98,5 +102,11 @@ def distil(ready: Ready) -> Generator[StepReport]:
                 yield StepReport(step, config.steps, values, picture)
         except GeneratorExit:
             finish()
+            raise
+        except UserError:
+            if processes.is_main:
+                with suppress(UserError):  # what went wrong first is what is said
+                    run.require_there()
+                    write_report(run)
             raise
         finish()

@@ -75,7 +75,14 @@ FAMILIES = {
         Family(
             "sd1",
             "SD 1.x",
-            ("sd15-one-step-lora", "sd15-one-step-full", "sd15-paper", "sd15-dmd2"),
+            (
+                "sd15-one-step-lora",
+                "sd15-four-step-lora",
+                "sd15-two-step-lora",
+                "sd15-one-step-full",
+                "sd15-paper",
+                "sd15-dmd2",
+            ),
             text_width=768,
             text_encoders=("openai",),
             latent_channels=4,
@@ -104,7 +111,7 @@ FAMILIES = {
         Family(
             "sdxl",
             "SDXL",
-            ("sdxl-one-step-lora", "sdxl-one-step-full"),
+            ("sdxl-one-step-lora", "sdxl-four-step-lora", "sdxl-one-step-full"),
             text_width=2048,
             pooled=True,
             text_encoders=("openai", "openclip"),

@@ -10,14 +10,16 @@ from torch.nn import functional
 
 from .config import Config
 from .data.conditions import Conditions
+from .data.images import Images
 from .data.pairs import Pairs
 from .learner import Learner, StudentEMA
+from .method.adversarial import Adversarial, Noised, with_head
 from .method.network import Condition
 from .method.objectives import Denoising, Distance, DistributionMatching
 from .method.processes import Processes
 from .method.recipe import Recipe
 from .method.roles import Roles
-from .method.sample import sample_student
+from .method.sample import rollout
 from .method.seeding import generator, randn
 
 
@@ -25,11 +27,13 @@ from .method.seeding import generator, randn
 class Draw:
     """Everything random of one update: of the whole batch, or of a part of it.
 
-    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,).
+    row: (B,) on the CPU; z, eps: (B, C, H, W); t: (B,); between: (B, k, C, H, W), the noise of the
+    k steps after the student's first, up to the one whose x0 it is.
     """
 
     row: Tensor
     z: Tensor
+    between: Tensor
     t: Tensor
     eps: Tensor
 
@@ -38,7 +42,7 @@ class Draw:
 
     def split(self, size: int) -> Iterator["Draw"]:
         """Micro-batches of `size`; 0: the whole."""
-        columns = (self.row, self.z, self.t, self.eps)
+        columns = (self.row, self.z, self.between, self.t, self.eps)
         for part in zip(*(x.split(size or len(x)) for x in columns), strict=True):
             yield Draw(*part)
 
@@ -60,11 +64,17 @@ class Distillation:
         config: Config,
         distance: Distance = functional.mse_loss,
         processes: Processes | None = None,
+        images: Images | None = None,
     ) -> None:
-        self.roles, self.recipe, self.conditions, self.config = roles, recipe, conditions, config
-        self.distance = distance
         self.device = roles.teacher.network.device
         self.processes = processes or Processes(self.device)
+        self.images, self.adversarial = images, None
+        if images is not None:
+            any_one = conditions.take(torch.tensor([0]), self.device)
+            critic, self.adversarial = with_head(roles.critic, any_one, config.seed, self.processes)
+            roles = replace(roles, critic=critic)
+        self.roles, self.recipe, self.conditions, self.config = roles, recipe, conditions, config
+        self.distance = distance
         self.student = Learner(roles.student, config, self.processes)
         self.critic = Learner(roles.critic, config, self.processes)
         self.ema = StudentEMA(roles.student.parameters, config.ema_decay)
@@ -86,8 +96,7 @@ class Distillation:
         warming_up = step < self.config.regression_warmup_steps
         if not warming_up:
             draw = self._draw(self.distribution_matching, step, "student")
-            matching, samples = self._match(draw)
-            values["student/distribution_matching"] = matching
+            values, samples = self._match(draw, step)
         if pairs is not None and (warming_up or self.config.regression_weight > 0):
             weight = 1.0 if warming_up else self.config.regression_weight
             values["student/regression"] = self._regress(step, pairs, weight)
@@ -100,61 +109,152 @@ class Distillation:
             noised = self._draw(self.denoising, step, f"critic {update}")
             if update == 0:
                 noised = replace(noised, row=draw.row)
-                values["critic/denoising"] = self._denoise(noised, samples)
+                values["critic/denoising"], _ = self._denoise(noised, samples)
             else:
-                values["critic/denoising"] = self._denoise(noised)
+                values["critic/denoising"], samples = self._denoise(noised)
+            if self.adversarial:
+                judged = self._judge(self.adversarial, step, update, noised.row, samples)
+                values["critic/adversarial"] = judged
             values["critic/gradient_norm"] = self.critic.update(step)
         return values
 
-    def _draw(self, objective: DistributionMatching | Denoising, step: int, purpose: str) -> Draw:
+    def _draw(
+        self, objective: DistributionMatching | Denoising | Adversarial, step: int, purpose: str
+    ) -> Draw:
         gen = generator(self.device, self.config.seed, step, purpose)
         rows = generator(torch.device("cpu"), self.config.seed, step, purpose, "conditions")
         shape = torch.Size((self.config.batch_size, *self.roles.student.network.shape))
         row, z = self.conditions.rows(shape[0], rows), randn(shape, gen)
-        return Draw(*(self.processes.part(x) for x in (row, z, *objective.draw(shape, gen))))
+        whole = (row, z, self._draw_between(shape, step, purpose), *objective.draw(shape, gen))
+        return Draw(*(self.processes.part(x) for x in whole))
 
-    def _generate(self, noise: Tensor, condition: Condition) -> Tensor:
-        return sample_student(self.roles.student.network, self.recipe, condition, [noise])
+    def _draw_between(self, shape: torch.Size, step: int, purpose: str) -> Tensor:
+        """Noise (B, k, C, H, W) of the steps up to one drawn at random, all alike (DMD2 4.5)."""
+        cpu, seed = torch.device("cpu"), self.config.seed
+        chosen = generator(cpu, seed, step, purpose, "student's step")
+        k = int(torch.randint(self.recipe.nfe, (), generator=chosen))
+        return randn(
+            (shape[0], k, *shape[1:]), generator(self.device, seed, step, purpose, "between")
+        )
 
-    def _match(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the distribution matching. Returns its value, and the samples."""
+    def _generate(self, draw: Draw, condition: Condition) -> Tensor:
+        noise = [draw.z, *draw.between.unbind(1)]
+        return rollout(self.roles.student.network, self.recipe, condition, noise)
+
+    def _match(self, draw: Draw, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Gradients of the distribution matching, and with images of the adversarial objective.
+
+        Returns their values, without weights, and the samples.
+        """
         samples: list[Tensor] = []
+        fooled: list[Tensor] = []
+        weight, size = self.config.adversarial_weight, self.config.micro_batch_size
+        judged = (
+            self._draw(self.adversarial, step, "judged").split(size) if self.adversarial else ()
+        )
+        judging = iter(judged)
 
         def loss(part: Draw) -> Tensor:
             condition = self.conditions.take(part.row, self.device)
-            x = self._generate(part.z, condition)
+            x = self._generate(part, condition)
             samples.append(x.detach())
-            return self.distribution_matching(x, condition, part.t, part.eps)
+            matching = self.distribution_matching(x, condition, part.t, part.eps)
+            if not self.adversarial:
+                return matching
+            noised = next(judging)
+            told = self._judged(condition)
+            fooling = self.adversarial.of_student(Noised(x, told, noised.t, noised.eps))
+            fooled.append(fooling.detach() * (len(part) / len(draw)))
+            return matching + weight * fooling
 
-        return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss), samples
+        value = self._accumulate(draw.split(size), len(draw), loss)
+        if not fooled:
+            return {"student/distribution_matching": value}, samples
+        adversarial = torch.stack(fooled).sum()
+        matching = value - weight * adversarial
+        return {
+            "student/distribution_matching": matching,
+            "student/adversarial": adversarial,
+        }, samples
 
     def _regress(self, step: int, pairs: Pairs, weight: float) -> Tensor:
-        """Gradients of weight times the regression. Returns its value, without the weight."""
+        """Gradients of weight times the regression. Returns its value, without the weight.
+
+        A pair is of the deterministic student's last step, whose x0 follows from the noise alone;
+        of a stochastic one's first.
+        """
+        steps = self.recipe.nfe if self.recipe.sampler == "deterministic" else 1
         gen = generator(torch.device("cpu"), self.config.seed, step, "pairs")
         numbers = self.processes.part(pairs.draw(self.config.pair_batch_size, gen))
 
         def loss(part: Tensor) -> Tensor:
             ref = pairs.take(part, self.device)
-            x_ref = self._generate(ref.noise, self.conditions.take(ref.row, self.device))
+            condition = self.conditions.take(ref.row, self.device)
+            x_ref = rollout(self.roles.student.network, self.recipe, condition, steps * [ref.noise])
             return self.distance(x_ref, ref.image)
 
         parts = numbers.split(self.config.micro_batch_size or len(numbers))
         return self._accumulate(parts, len(numbers), loss, weight)
 
-    def _denoise(self, draw: Draw, samples: list[Tensor] | None = None) -> Tensor:
-        """Gradients of the critic's loss on `samples`, or on fresh ones. Returns its value."""
+    def _denoise(
+        self, draw: Draw, samples: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the critic's loss on `samples`, or on fresh ones.
+
+        Returns its value, and the samples.
+        """
         given = iter(samples or ())
+        seen: list[Tensor] = []
 
         def loss(part: Draw) -> Tensor:
             condition = self.conditions.take(part.row, self.device)
             if samples is None:
                 with torch.no_grad():
-                    x = self._generate(part.z, condition)
+                    x = self._generate(part, condition)
             else:
                 x = next(given)
+            seen.append(x)
             return self.denoising(x, condition, part.t, part.eps)
 
-        return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss)
+        return self._accumulate(draw.split(self.config.micro_batch_size), len(draw), loss), seen
+
+    def _judge(
+        self, adversarial: Adversarial, step: int, update: int, row: Tensor, samples: list[Tensor]
+    ) -> Tensor:
+        """Gradients of weight times the critic's adversarial loss on samples and as many images.
+
+        row: of the samples. Returns its value, without the weight.
+        """
+        assert self.images
+        images, given, size = self.images, iter(samples), self.config.micro_batch_size
+        fake = replace(self._draw(adversarial, step, f"fake {update}"), row=row)
+        gen = generator(torch.device("cpu"), self.config.seed, step, f"images {update}")
+        numbers = self.processes.part(images.draw(self.config.batch_size, gen))
+        real = replace(self._draw(adversarial, step, f"real {update}"), row=numbers)
+        reals = real.split(size)
+
+        def loss(part: Draw) -> Tensor:
+            other = next(reals)
+            told = self._judged(self.conditions.take(part.row, self.device))
+            real_told = images.condition(other.row, self.device)
+            return adversarial.of_critic(
+                Noised(next(given), told, part.t, part.eps),
+                Noised(
+                    images.take(other.row, self.device),
+                    told if real_told is None else real_told,
+                    other.t,
+                    other.eps,
+                ),
+            )
+
+        weight = self.config.critic_adversarial_weight
+        return self._accumulate(fake.split(size), len(fake), loss, weight)
+
+    def _judged(self, condition: Condition) -> Condition:
+        """What the discriminator is told of a sample: nothing where nothing is known of images."""
+        if self.images and self.images.conditions:
+            return condition
+        return self.roles.critic.network.null_condition(condition)
 
     def _accumulate(
         self,

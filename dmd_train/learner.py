@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 from collections.abc import Iterator
 
 import torch
@@ -26,9 +25,9 @@ def _has_bitsandbytes() -> bool:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW with beta = (0.9, 0.999), in 8 bits where the config says so."""
+    """AdamW with beta2 = 0.999, in 8 bits where the config says so."""
     require_optimizer(config)
-    lr, betas, decay = config.learning_rate, (0.9, 0.999), config.weight_decay
+    lr, betas, decay = config.learning_rate, (config.beta1, 0.999), config.weight_decay
     may_be_8bit = config.optimizer == "auto" and parameters[0].is_cuda and _has_bitsandbytes()
     kind, faster = torch.optim.AdamW, {"fused": True}
     if config.optimizer == "adamw-8bit" or may_be_8bit:
@@ -46,21 +45,13 @@ class Learner:
         self.config, self.processes = config, processes
         self.optimizer = make_optimizer(list(self.parameters.values()), config)
 
-    def learning_rate(self, step: int) -> float:
-        """The rate at student update `step` (from 0): linear warm-up, then constant or a cosine."""
-        warmup = min(1.0, (step + 1) / max(1, self.config.warmup_steps))
-        if self.config.schedule == "constant":
-            return self.config.learning_rate * warmup
-        decay = 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-        return self.config.learning_rate * warmup * decay
-
     def update(self, step: int) -> Tensor:
         """One optimiser step on the gradients so far. Returns their L2 norm before clipping."""
         parameters = list(self.parameters.values())
         self.processes.average_gradients(parameters)
         norm = whole(nn.utils.clip_grad_norm_(parameters, self.config.clip_norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.config.rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

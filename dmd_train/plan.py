@@ -16,15 +16,17 @@ import torch
 
 from .config import Config
 from .data.pairs import PairBatch, Pairs
+from .data.pictures import PictureBatch
 from .data.prompts import SHARD, read_prompts
 from .errors import OutOfMemory, out_of_memory
 from .files.write import write_text
 from .iteration import Distillation
+from .method.network import Network
 from .method.sample import sample_teacher
 from .method.seeding import generator, randn
 from .networks.load import load_teacher
 from .networks.loaded import Loaded
-from .prepare import carried_out, prepare
+from .prepare import carried_out, pictures_of, prepare
 from .room import disk_room, memory_of
 from .run.folder import KEEP, RunFolder
 
@@ -43,6 +45,13 @@ class RandomPairs(Pairs):
     def take(self, numbers: torch.Tensor, device: torch.device) -> PairBatch:
         noise = randn((len(numbers), *self.shape), generator(device, 0, "plan"))
         return PairBatch(numbers, noise, noise)
+
+
+def _few_images(config: Config, network: Network) -> PictureBatch:
+    """Two black images. Raises UserError where config.images names none."""
+    pictures_of(config, network)
+    _, height, width = network.shape
+    return PictureBatch(torch.zeros(2, 3, network.downscale * height, network.downscale * width))
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,9 @@ def _rehearse(run: RunFolder, loaded: Loaded, device: torch.device) -> Rehearsal
     peak: int | None = None
     try:
         pairs = RandomPairs(loaded.network.shape)
-        ready = carried_out(prepare(run, loaded, pairs=pairs, pictures=False), lambda _: None)
+        few = _few_images(config, loaded.network) if config.images else None
+        prepared = prepare(run, loaded, pairs=pairs, pictures=False, real=few)
+        ready = carried_out(prepared, lambda _: None)
         state, roles = ready.state, ready.state.roles
         trained = sum(p.numel() for p in roles.student.parameters.values())
         modules = {role.network.module for role in (roles.teacher, roles.critic, roles.student)}

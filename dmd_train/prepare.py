@@ -6,16 +6,19 @@ Generators that yield what they are at: every door only iterates them, with a ba
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .config import Config
+from .config import DIGITS, Config
 from .data.conditions import Classes, Conditions, Prompts, name_of
+from .data.images import Images, make_images, unused
 from .data.pairs import Pairs, StoredPairs, make_pairs, origin_of, teacher_sample
-from .data.prompts import encode_prompts, fits_on_disk, read_prompts, too_long
+from .data.pictures import PictureBatch, PictureFolder, Pictures, class_rows
+from .data.prompts import encode_prompts, fits_on_disk, read_prompts, require_prompt, too_long
 from .errors import UserError, out_of_memory
 from .files.shards import Shards
 from .iteration import Distillation
@@ -24,9 +27,9 @@ from .method.network import Network
 from .method.objectives import Distance, pseudo_huber
 from .method.processes import Processes
 from .method.roles import Roles, three_networks, two_adapters
-from .networks.loaded import Loaded, one_step_recipe
+from .networks.loaded import Loaded, student_recipe
 from .presets import families_of, presets_for
-from .room import require_disk_for_pairs, require_room
+from .room import require_disk_for_images, require_disk_for_pairs, require_room
 from .run.folder import RunFolder, require_teacher
 from .run.sample_sheet import SampleSheet
 from .run.trackers import require_trackers
@@ -78,17 +81,19 @@ def prepare(
     conditions: Conditions | None = None,
     pairs: Pairs | None = None,
     pictures: bool = True,
+    real: Pictures | None = None,
 ) -> Preparation[Ready]:
-    """Conditions, pairs, roles, the newest checkpoint's state and the teacher's pictures.
+    """Conditions, pairs, images, roles, the newest checkpoint's state and the teacher's pictures.
 
     conditions, pairs: those of the caller, else they are made in the run's folder, or found there.
+    real: the caller's for config.images.
     Raises UserError for a run that cannot be, and out of memory.
     """
     config, teacher = run.config, loaded.network
     processes = processes or Processes(teacher.device)
     with out_of_memory(run.too_large):
         require_possible(config, loaded)
-        recipe = one_step_recipe(loaded, config)
+        recipe = student_recipe(loaded, config)
         distance = regression_distance(config, teacher)
         if conditions is None:
             conditions = yield from make_conditions(run, loaded, processes)
@@ -96,8 +101,11 @@ def prepare(
             pairs = None
         elif pairs is None:
             pairs = yield from make_run_pairs(run, loaded, conditions, processes)
+        images = None
+        if config.images:
+            images = yield from make_run_images(run, loaded, processes, real)
         roles = make_roles(teacher, config, processes)
-        state = Distillation(roles, recipe, conditions, config, distance, processes)
+        state = Distillation(roles, recipe, conditions, config, distance, processes, images)
         step = _taken_up(state, run)
         sheet = None
         # a sharded network needs all processes
@@ -195,6 +203,61 @@ def make_run_pairs(
     yield from _told("pairs", made, config.pairs)
     processes.wait()
     return StoredPairs(Shards(run.pairs))
+
+
+def make_run_images(
+    run: RunFolder, loaded: Loaded, processes: Processes, real: Pictures | None = None
+) -> Preparation[Images]:
+    """The pictures of config.images in run.images, encoded where they are not there yet."""
+    config, network = run.config, loaded.network
+    pictures = real or pictures_of(config, network)
+    require_disk_for_images(config, len(pictures), network, run.images)
+    of = (run.images, pictures, network, config.flip_images, loaded.sha256)
+    yield from _told("images", make_images(*of, processes.rank, processes.count), len(pictures))
+    processes.wait()
+    shards = Shards(run.images)
+    if note := unused(shards, pictures, network):
+        yield Doing("images", len(pictures), len(pictures), note)
+    if pictures.captions is None:
+        return Images(shards, None, None)
+    if network.classes is not None:
+        row = class_rows(pictures.captions, network.classes, "captions")
+        known: Conditions = Classes(network.classes)
+    else:
+        known, row = yield from _encoded_captions(run, loaded, pictures.captions, processes)
+    copies = len(shards) // len(pictures)
+    return Images(shards, row.repeat_interleave(copies), known)
+
+
+def pictures_of(config: Config, network: Network) -> Pictures:
+    """The pictures that config.images names. Raises UserError where there are none."""
+    assert config.images
+    if config.images == DIGITS:
+        from .networks.digits import digits
+
+        data = digits()
+        return PictureBatch(data.image, [str(label) for label in data.label.tolist()])
+    return PictureFolder(Path(config.images), config.captions, network.classes is not None)
+
+
+def _encoded_captions(
+    run: RunFolder, loaded: Loaded, captions: list[str], processes: Processes
+) -> Preparation[tuple[Conditions, Tensor]]:
+    """The captions, each once, encoded in run.captions, and the row of each picture's."""
+    if loaded.text is None:
+        raise UserError("captions: there is no text encoder for them here. Train in a terminal.")
+    each = list(dict.fromkeys(captions))
+    for caption in each:
+        require_prompt(caption, "captions")
+    if processes.is_main:
+        encoder = loaded.text.to(processes.device)
+        made = encode_prompts(run.captions, each, encoder, made_from(loaded, name_of(each)))
+        yield from _told("captions", made, len(each))
+        encoder.to(torch.device("cpu"))
+    processes.wait()
+    number = {caption: i for i, caption in enumerate(each)}
+    row = torch.tensor([number[caption] for caption in captions])
+    return Prompts(each, Shards(run.captions)), row
 
 
 def _told(what: str, made: Iterator[int], total: int) -> Iterator[Doing]:

@@ -28,6 +28,8 @@ class Preset(NamedTuple):
 
 
 ONE_GPU = "one consumer GPU"
+MEASURED = "measured, docs/findings/what-learns.md"
+STEPS_MEASURED = "measured, docs/findings/four-steps.md"
 WATCH = "how often one wants to look"
 
 DIGITS_ONE_STEP = {
@@ -67,19 +69,37 @@ SD_FULL = {
     "pair_sampler": Choice("pndm", "D1 B.3"),
     "pair_steps": Choice(50, "D1 B.3"),
     "regression_loss": Choice("pseudo-huber", "in latents: LPIPS needs weights of its own"),
+    "adversarial_weight": Choice(1e-3, "D2 B.5, SD 1.5; only with images"),
+    "critic_adversarial_weight": Choice(1e-2, "D2 B.5; only with images"),
     "checkpoint_every": Choice(100, WATCH),
     "sample_every": Choice(100, WATCH),
 }
 
-SD_LORA = SD_FULL | {
-    "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
-    "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
-    "micro_batch_size": Choice(4, ONE_GPU),
-    "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
-    "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
-    "lora_rank": Choice(64, "D2 B.5"),
-    "lora_alpha": Choice(8.0, "D2 B.5"),
+STOCK = {
+    "timesteps": Choice([499], f"{MEASURED}; at 999 small batches learn little"),
+    "input_noise": Choice("sigma", f"{MEASURED}; exact in a stock ComfyUI"),
 }
+
+FEW_PAIRS = {
+    "beta1": Choice(0.0, MEASURED),
+    "regression_weight": Choice(2.0, f"{MEASURED}; to the end, or it is undone"),
+    "pairs": Choice(256, f"{MEASURED}; a fortieth of the run's cost"),
+}
+
+SD_LORA = (
+    SD_FULL
+    | STOCK
+    | FEW_PAIRS
+    | {
+        "training": Choice("lora", "one frozen network with two adapters: " + ONE_GPU),
+        "steps": Choice(3000, "D2 B.5, LoRA: 16,000 iterations, 5 critic updates for one"),
+        "micro_batch_size": Choice(4, ONE_GPU),
+        "learning_rate": Choice(5e-5, "D2 B.5, LoRA"),
+        "ema_decay": Choice(0.99, "cheap for adapters; steadies small batches"),
+        "lora_rank": Choice(64, "D2 B.5"),
+        "lora_alpha": Choice(8.0, "D2 B.5"),
+    }
+)
 
 SDXL = {
     "steps": Choice(5000, "D2 B.5: 25,000 iterations, 5 critic updates for one"),
@@ -87,14 +107,23 @@ SDXL = {
     "micro_batch_size": Choice(1, ONE_GPU),
     "critic_updates": Choice(5, "D2 B.5, SDXL"),
     "guidance": Choice(8.0, "D2 B.5, SDXL"),
-    "conditioning_timestep": Choice(399, "D2 4.5: 999 gives block noise"),
     "regression_warmup_steps": Choice(1000, "D2 B.4 has 2,000 on 10,000 pairs: it cures the rest"),
     "pairs": Choice(1000, ONE_GPU + "; D2 has 10,000"),
     "pair_sampler": Choice("euler", "D2 B.4, trailing"),
+    "adversarial_weight": Choice(5e-3, "D2 B.5, SDXL; only with images"),
     "pair_batch_size": Choice(4, "D2 B.4, of one GPU"),
 }
 
+SDXL_FULL = {
+    "learning_rate": Choice(5e-7, "D2 B.5, SDXL"),
+    "timesteps": Choice([399], "D2 4.5: 999 gives block noise"),
+}
+
+SDXL_RANK = Choice(32, "64 of D2 B.5 does not fit 16 GB twice")
+
 ANY = {
+    "timesteps": Choice([999], "all that flow models have"),
+    "input_noise": Choice("unit", "as at 999"),
     "micro_batch_size": Choice(1, "other models are mostly larger: " + ONE_GPU),
     "learning_rate": Choice(5e-5, "D2 B.5, LoRA for SDXL; untuned"),
     "critic_updates": Choice(10, "D2 B.5, SD 1.5; untuned, of the two published the safer"),
@@ -102,6 +131,25 @@ ANY = {
     "guidance": Choice(4.5, "SD3.5 large's own; untuned. Models told their guidance (Flux): 1"),
     "pair_sampler": Choice("euler", "all that flow models have here; others have it too"),
     "pair_steps": Choice(28, "SD3 medium's, in SD3.5's reference code"),
+}
+
+SEVERAL_STEPS = {
+    "sampler": Choice("deterministic", STEPS_MEASURED),
+    "input_noise": Choice("sigma", f"{STEPS_MEASURED}; exact in a stock ComfyUI"),
+    "regression_weight": Choice(2.0, STEPS_MEASURED),
+    "regression_warmup_steps": Choice(0, "a warm-up that ends is undone, docs/findings"),
+    "regression_loss": Choice("mse", STEPS_MEASURED),
+    "pairs": Choice(256, STEPS_MEASURED),
+}
+FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 499, 333, 166], STEPS_MEASURED)}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([666, 333], "as of four; not measured alone")}
+FOUR_OF_ANY = {
+    "timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999"),
+    "input_noise": Choice("unit", "as at 999"),
+}
+TRAILING = {
+    "pair_sampler": Choice("dpmpp-2m", "begins at 999, as the student does"),
+    "pair_steps": Choice(25, "measured with 12 on small networks; untuned"),
 }
 
 PAPER = SD_FULL | {
@@ -128,19 +176,33 @@ DMD2 = SD_FULL | {
 PRESETS: dict[str, Preset] = {
     "digits-one-step": Preset("the embedded digits, minutes", DIGITS_ONE_STEP),
     "sd15-one-step-lora": Preset("SD 1.x on one GPU, gives a LoRA", SD_LORA),
-    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL),
+    "sd15-four-step-lora": Preset(
+        "SD 1.x in four steps, gives a LoRA", SD_LORA | FOUR_STEPS | TRAILING
+    ),
+    "sd15-two-step-lora": Preset(
+        "SD 1.x in two steps, gives a LoRA", SD_LORA | TWO_STEPS | TRAILING
+    ),
+    "sd15-one-step-full": Preset("SD 1.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sd2-one-step-lora": Preset("SD 2.x on one GPU, gives a LoRA", SD_LORA),
-    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL),
+    "sd2-one-step-full": Preset("SD 2.x, three networks, gives a UNet", SD_FULL | STOCK),
     "sdxl-one-step-lora": Preset(
-        "SDXL on one GPU, gives a LoRA; warms up on pairs",
-        SD_LORA | SDXL | {"lora_rank": Choice(32, "64 of D2 B.5 does not fit 16 GB twice")},
+        "SDXL on one GPU, gives a LoRA; warms up on pairs, and keeps them",
+        SD_LORA | SDXL | {"lora_rank": SDXL_RANK},
+    ),
+    "sdxl-four-step-lora": Preset(
+        "SDXL in four steps, gives a LoRA",
+        SD_LORA | SDXL | FOUR_STEPS | TRAILING | {"lora_rank": SDXL_RANK},
     ),
     "sdxl-one-step-full": Preset(
         "SDXL, three networks, several GPUs; warms up on pairs",
-        SD_FULL | SDXL | {"learning_rate": Choice(5e-7, "D2 B.5, SDXL")},
+        SD_FULL | SDXL | SDXL_FULL,
     ),
     "any-one-step-lora": Preset(
         "any other model, in ComfyUI; gives a LoRA; untuned", SD_LORA | ANY
+    ),
+    "any-four-step-lora": Preset(
+        "any other model in four steps, in ComfyUI; gives a LoRA; untuned",
+        SD_LORA | ANY | SEVERAL_STEPS | FOUR_OF_ANY,
     ),
     "sd15-paper": Preset("DMD as published: pairs and LPIPS, a cluster", PAPER),
     "sd15-dmd2": Preset("DMD2's first stage as published, a cluster", DMD2),

@@ -54,11 +54,20 @@ def require_room(config: Config, network: Network) -> None:
 
 def require_disk_for_pairs(config: Config, network: Network, folder: Path) -> None:
     """Refusal, a UserError, of more pairs than the disk of their folder has room for."""
-    needed = config.pairs * 2 * 2 * torch.Size(network.shape).numel()  # noise, image; 2 bytes each
+    _require_disk("pairs", config.pairs, 2, network, folder)  # noise and image
+
+
+def require_disk_for_images(config: Config, count: int, network: Network, folder: Path) -> None:
+    """The same of images, encoded."""
+    _require_disk("images", count, 2 if config.flip_images else 1, network, folder)
+
+
+def _require_disk(what: str, count: int, samples: int, network: Network, folder: Path) -> None:
+    needed = count * samples * 2 * torch.Size(network.shape).numel()  # 2 bytes each
     made = sum(file.stat().st_size for file in folder.glob("shard-*"))
     room = disk_room(folder) + made
     if needed > room:
         raise UserError(
-            f"pairs: {config.pairs} take {needed / GIB:.1f} GiB in {folder}, where there is room "
+            f"{what}: {count} take {needed / GIB:.1f} GiB in {folder}, where there is room "
             f"for {room / GIB:.1f}. Choose fewer, or another output."
         )

@@ -3,6 +3,7 @@
 // this only shows it, and says once more, large, what a stopped node has saved.
 
 import { app } from "../../scripts/app.js"
+import { listen, recall } from "./said.js"
 
 const OF_A_FILE = "Run once to read here what the file is and how it samples."
 const OF_A_RUN =
@@ -22,9 +23,7 @@ const SAVES_WHEN_STOPPED = ["DMD_TeacherPairs", "DMD_Distill", "DMD_ContinueRun"
 const HEIGHT = 84 // of the widget, in pixels: three lines, its padding and the node's margin
 const ADVANCED_HEIGHT = 120
 
-// ComfyUI looks for a widget of this name to show a running node's progress text in, and adds one
-// at the node's end where there is none. So it writes into ours.
-const PROGRESS_TEXT = "$$node-text-preview"
+const NAME = "dmd_summary"
 
 function textLine() {
   const line = document.createElement("div")
@@ -40,13 +39,23 @@ app.registerExtension({
   name: "dmdonestep.summary",
 
   setup() {
-    const said = new Map() // node id -> its last progress text
-    app.api.addEventListener("progress_text", ({ detail }) => said.set(detail.nodeId, detail.text))
+    const last = new Map() // prompt id -> what its nodes said last
+    listen(({ node, id, prompt, text }) => {
+      if (!text) return
+      last.set(`${prompt}/${id}`, text)
+      node?.widgets.find(({ name }) => name === NAME)?.options.setValue(text)
+    })
     app.api.addEventListener("execution_interrupted", ({ detail }) => {
-      if (!SAVES_WHEN_STOPPED.includes(detail.node_type) || !said.has(detail.node_id)) return
-      const detailed = { severity: "info", summary: "Stopped", detail: said.get(detail.node_id) }
+      const said = last.get(`${detail.prompt_id}/${detail.node_id}`)
+      if (!SAVES_WHEN_STOPPED.includes(detail.node_type) || !said) return
+      const detailed = { severity: "info", summary: "Stopped", detail: said }
       app.extensionManager.toast.add({ ...detailed, life: 10000 })
     })
+  },
+
+  loadedGraphNode(node) {
+    const { text } = recall(node)
+    if (text) node.widgets?.find(({ name }) => name === NAME)?.options.setValue(text)
   },
 
   nodeCreated(node) {
@@ -59,7 +68,7 @@ app.registerExtension({
     }
     show(placeholder, false)
     // There from the start, so that no node grows over its neighbour when it runs.
-    const widget = node.addDOMWidget(PROGRESS_TEXT, "dmd_summary", line, {
+    const widget = node.addDOMWidget(NAME, "dmd_summary", line, {
       serialize: false, // not in what is sent to /prompt
       hideOnZoom: false,
       getValue: () => line.textContent,
@@ -72,12 +81,5 @@ app.registerExtension({
     // Else it takes all the room that the node keeps for its picture.
     const advanced = node.widgets.find(({ name }) => name === "advanced")
     if (advanced) advanced.options.getMaxHeight = () => ADVANCED_HEIGHT
-
-    const { onExecuted } = node
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments)
-      // null where it came from a cache
-      if (output?.text) show([output.text].flat().join("\n"), true)
-    }
   },
 })

@@ -8,11 +8,14 @@ from .distil import DMDContinueRun, DMDDistill
 from .load import LoadDMDCheckpoint, LoadDMDLoRA
 from .model_files import register_students
 from .prompts import DMDPrompts
+from .real_images import DMDRealImages
+from .routes import register_routes
 from .sampling import DMDEmptyLatent, DMDModelSampling, DMDOneStepSampler
 from .save_student import DMDSaveStudent
 from .teacher_pairs import DMDTeacherPairs
 
 register_students()
+register_routes()
 
 
 class DMDOneStep(ComfyExtension):
@@ -28,6 +31,7 @@ class DMDOneStep(ComfyExtension):
             DMDSaveStudent,
             DMDPrompts,
             DMDTeacherPairs,
+            DMDRealImages,
             DMDDistill,
             DMDContinueRun,
         ]

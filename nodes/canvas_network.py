@@ -1,37 +1,36 @@
 """A MODEL on the canvas, with the LoRAs and merges wired into it, as the engine's Network."""
 
 import copy
-import math
 from collections.abc import Callable
-from functools import partial
-from itertools import chain
 from typing import Any
 
-import comfy.lora
-import comfy.model_management
-import comfy.model_sampling as sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.model_patcher import ModelPatcher, get_key_weight
-from comfy.quant_ops import QuantizedTensor
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, autocast, nn
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from ..dmd_train.config import Config
-from ..dmd_train.data.conditions import Conditions
 from ..dmd_train.errors import UserError
 from ..dmd_train.families import TOLD_PROMPTS
 from ..dmd_train.method.network import Condition, Network
-from ..dmd_train.method.noise import EDM, TIMESTEPS, VP, Flow, Noise, Prediction, per_sample
-from .class_label import LABEL
+from ..dmd_train.method.noise import VP, per_sample
 from .conditioning import rows_of
-from .edm_model import EDMModel
-from .fingerprint import DIFFUSION_MODEL
-from .latents import downscale_of, preview_colours, require_pictures
+from .fused_gradient import give_gradient
+from .latents import (
+    as_latent,
+    as_pictures,
+    decoded,
+    downscale_of,
+    preview_colours,
+    require_pictures,
+)
+from .model_noise import noise_of
 from .model_recipe import family_of, native_size
+from .patched_copy import compute_in, is_quantised, patched_copy
+from .recomputed_blocks import recompute_blocks
 from .wired import Wired
 
 BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
@@ -39,85 +38,6 @@ BLOCK_LAYERS = r"(?!.*(mod|adaLN|norm|embed))(.*\.)?\w*(blocks|layers)\.\d+\..*"
 
 NEGATIVE = -1
 """The row that stands for the negative condition."""
-
-NO_TABLE = (sampling.ModelSamplingDiscreteEDM, sampling.StableCascadeSampling)
-"""Discrete schedules by name whose timesteps are no indices."""
-
-FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def is_quantised(model: ModelPatcher) -> bool:
-    """Whether weights are kept in 8 bits or fewer."""
-    return not all(map(_is_full, model.model.diffusion_model.parameters()))
-
-
-def _is_full(weight: Tensor) -> bool:
-    return weight.dtype in FULL_PRECISION and not isinstance(weight, QuantizedTensor)
-
-
-def noise_of(model: ModelPatcher) -> tuple[Noise, Prediction]:
-    """A MODEL's noise over the engine's 1000 timesteps, and what its network predicts.
-
-    Raises UserError for a few-step model and for a kind of noise that is not known here.
-    """
-    own = model.get_model_object("model_sampling")
-    is_unit = getattr(own, "noise_scale", 1.0) == 1  # of 0.33
-    is_flow = type(own).calculate_denoised is sampling.CONST.calculate_denoised and is_unit
-    if is_flow and isinstance(own, sampling.ModelSamplingDiscreteFlow):
-        return Flow(own.shift), "flow"
-    if is_flow and isinstance(own, sampling.ModelSamplingFlux):
-        return Flow(math.exp(own.shift)), "flow"
-    if isinstance(own, sampling.EDM) and isinstance(own, sampling.ModelSamplingContinuousEDM):
-        return EDM(float(own.sigma_min), float(own.sigma_max)), "edm"
-    is_table = isinstance(own, sampling.ModelSamplingDiscrete) and not isinstance(own, NO_TABLE)
-    if is_table and isinstance(own, sampling.EPS) and not isinstance(own, sampling.X0):
-        if len(own.sigmas) != TIMESTEPS:
-            raise UserError(
-                f"model: it has {len(own.sigmas)} timesteps, as few-step models do. Wire the "
-                "many-step model that it was made from."
-            )
-        prediction: Prediction = "v" if isinstance(own, sampling.V_PREDICTION) else "eps"
-        return VP(1 / (1 + own.sigmas.double() ** 2)), prediction
-    kinds = ", ".join(kind.__name__ for kind in type(own).__mro__[1:3])
-    raise UserError(f"model: its noise ({kinds}) is not one that DMD is defined for here.")
-
-
-@torch.no_grad()
-def patched_copy(model: ModelPatcher, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The MODEL's network with weights of its own, on `device`, everything patched into them.
-
-    dtype: of weights in full precision; 8-bit ones stay as they are. The MODEL is not touched.
-    """
-    if getattr(model, "is_dynamic", bool)():  # weights that are not in memory
-        model = model.clone(disable_dynamic=True)
-    original: nn.Module = model.model.diffusion_model
-    # while a MODEL is loaded, its own weights are where its patches are not
-    own_weights = {key: backup.weight for key, backup in model.backup.items()}
-    copies: dict[int, Any] = {}
-    for name, value in chain(original.named_parameters(), original.named_buffers()):
-        key = DIFFUSION_MODEL + name
-        weight = own_weights.get(key, value)
-        own = dtype if _is_full(weight) else weight.dtype
-        if key in model.patches:
-            whole = weight.to(device, torch.float32, copy=True)
-            _, _, convert = get_key_weight(model.model, key)
-            whole = convert(whole, inplace=True) if convert else whole
-            weight = comfy.lora.calculate_weight(model.patches[key], whole, key)
-        weight = weight.to(device, own, copy=True).detach()
-        is_parameter = isinstance(value, nn.Parameter)
-        copies[id(value)] = nn.Parameter(weight, requires_grad=False) if is_parameter else weight
-    network = copy.deepcopy(original, copies)
-    for name, patch in model.object_patches.items():
-        if name.startswith(DIFFUSION_MODEL):
-            comfy.utils.set_attr(network, name.removeprefix(DIFFUSION_MODEL), copy.deepcopy(patch))
-    if getattr(network, "dtype", None) in FULL_PRECISION:
-        _compute_in(network, dtype)
-    return network
-
-
-def _compute_in(network: Any, dtype: torch.dtype) -> None:
-    """Sets what ComfyUI casts the network's inputs to."""
-    network.dtype = dtype
 
 
 class CanvasNetwork(Network):
@@ -131,6 +51,7 @@ class CanvasNetwork(Network):
     file_dtype = torch.float16
 
     def __init__(self, wired: Wired, config: Config, device: torch.device) -> None:
+        give_gradient()
         model = wired.model
         self.noise, self.prediction = noise_of(model)
         self.family, self.half = family_of(model), config.half(device)
@@ -167,6 +88,7 @@ class CanvasNetwork(Network):
         self.call = call_of(model)
         known = TOLD_PROMPTS.get(self.family)
         self.names = _diffusers_names(model) if known else {}
+        self.middle = _middle(self.module)
         self.lora_targets = known.lora_layers if known else BLOCK_LAYERS
         self.lora_metadata = known.lora_metadata if known else {}
 
@@ -211,6 +133,13 @@ class CanvasNetwork(Network):
         x, ratio = x_t / per_sample(scale), sigma / scale  # float64, as the conversions to x0
         return self._denoised(x, ratio, condition["row"].tolist()).to(x_t.dtype)
 
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        rows = condition["row"]
+        if len(rows) == 1 or self._batch(rows.tolist(), x_t.device):
+            return super().features(x_t, t, condition)
+        each = zip(x_t.split(1), t.split(1), rows.split(1), strict=True)
+        return torch.cat([self.features(x_i, t_i, {"row": row}) for x_i, t_i, row in each])
+
     def _denoised(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
         """ComfyUI's own estimate of x0, one by one where the conditions do not fit into a batch."""
         conds = self._batch(rows, x.device)
@@ -224,7 +153,8 @@ class CanvasNetwork(Network):
         }
         arguments = {"c": conds | {"transformer_options": options}, "cond_or_uncond": [0] * len(x)}
         with autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            return self.call(self.base.apply_model, arguments | {"input": x, "timestep": sigma})
+            given = {"input": as_latent(self.latent_format, x), "timestep": sigma}
+            return as_pictures(self.call(self.base.apply_model, arguments | given))
 
     def _batch(self, rows: list[int], device: torch.device) -> dict[str, Any] | None:
         """What the model makes of these conditions, in one batch; None where they do not join."""
@@ -248,14 +178,15 @@ class CanvasNetwork(Network):
                 raise UserError(
                     "negative: guidance needs one. Wire DMD Prompts' negative, or set guidance: 1."
                 )
-            cpu, shape = torch.device("cpu"), (1, *self.shape)
+            cpu = torch.device("cpu")
+            empty = as_latent(self.latent_format, torch.zeros((1, *self.shape)))
             (told,) = comfy.samplers.encode_model_conds(
                 self.base.extra_conds,
                 comfy.sampler_helpers.convert_cond([entry]),
-                torch.zeros(shape),
+                empty,
                 cpu,
                 "negative" if row == NEGATIVE else "positive",
-                latent_image=torch.zeros(shape),
+                latent_image=empty.clone(),
             )
             self.model_conds[row] = {
                 key: cond.process_cond(batch_size=1, device=cpu, area=None)
@@ -271,23 +202,32 @@ class CanvasNetwork(Network):
         """The VAE's pictures; without one, the latent format's own preview colours."""
         if self.vae is not None:
             with torch.inference_mode():
-                latents = self.latent_format.process_out(x0.float().cpu())
-                pixels: Tensor = self.vae.decode(latents)
-            return pixels.clone().movedim(-1, 1).reshape(len(x0), -1, *pixels.shape[-3:-1]) * 2 - 1
+                latents = as_latent(self.latent_format, x0.float().cpu())
+                images = decoded(self.vae, self.latent_format.process_out(latents))
+            return images.clone()
         colours = preview_colours(self.latent_format, x0)
         return (x0[:, :3] / 3).clamp(-1, 1) if colours is None else colours
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Raises UserError without a VAE."""
+        if self.vae is None:
+            raise UserError("images: wire the VAE of this model, to encode them by.")
+        with torch.inference_mode():
+            colours = images.movedim(1, -1).float().cpu() / 2 + 0.5  # BCHW -> BHWC in [0, 1]
+            # one by one: a VAE of videos takes a batch for the frames of one
+            latents = torch.cat([self.vae.encode(colour) for colour in colours.split(1)])
+            x0 = as_pictures(self.latent_format.process_in(latents.float()))
+        return x0.clone().to(images.device)
 
     def freeze(self) -> None:
         super().freeze()
         if self.half and not self.is_quantised:
             self.module.to(torch.bfloat16)
-            _compute_in(self.module, torch.bfloat16)
+            compute_in(self.module, torch.bfloat16)
 
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
-        recompute = checkpoint or partial(torch_checkpoint, use_reentrant=False)
-        for block in _blocks(self.module):
-            if getattr(block.forward, "func", None) is not _recomputed:  # two adapters ask twice
-                block.forward = partial(_recomputed, recompute, block.forward)
+        recompute_blocks(self.module, checkpoint)
 
     def canonical_name(self, name: str) -> str:
         """The name in diffusers where there is one, as a headless run has it."""
@@ -303,52 +243,6 @@ class CanvasNetwork(Network):
 
     def file_metadata(self) -> dict[str, str]:
         return {}
-
-
-def engine_network(wired: Wired, config: Config) -> tuple[Network, Conditions]:
-    """The wired MODEL as a network of its own, and its conditions. Call it in `training_mode`.
-
-    A class-conditional MODEL of this pack's is the engine's own network again, so that a run is
-    the headless one bit for bit. Raises UserError for what does not fit together.
-    """
-    device = comfy.model_management.get_torch_device()
-    base = wired.model.model
-    if isinstance(base, EDMModel) and "model_sampling" not in wired.model.object_patches:
-        edm = copy.copy(base.model_config.unet_config["network"])
-        edm.module = patched_copy(wired.model, device, torch.float32).network
-        return edm, Labels(_labels(wired, edm.classes), wired.conditions_for(config))
-    network = CanvasNetwork(wired, config, device)
-    network.try_once(config.guidance)
-    return network, Rows(len(wired.rows), wired.conditions_for(config))
-
-
-def _labels(wired: Wired, classes: int) -> Tensor:
-    labels = torch.tensor([int(options.get(LABEL, classes)) for _, options in wired.rows])
-    if int(labels.max()) >= classes or int(labels.min()) < 0:
-        raise UserError(
-            f"conditions: this model draws the classes 0 to {classes - 1}. Wire DMD Class Label "
-            f"with some of them."
-        )
-    return labels
-
-
-class Rows(Conditions):
-    """The conditions of a CanvasNetwork, by their numbers: uniform."""
-
-    def take(self, rows: Tensor, device: torch.device) -> Condition:
-        """Numbers stay on the CPU, where they are looked up."""
-        return {"row": rows}
-
-
-class Labels(Conditions):
-    """Some of a network's classes: uniform over the list."""
-
-    def __init__(self, labels: Tensor, name: str) -> None:
-        super().__init__(len(labels), name)
-        self.labels = labels
-
-    def take(self, rows: Tensor, device: torch.device) -> Condition:
-        return {"label": self.labels[rows].to(device)}
 
 
 def _diffusers_names(model: ModelPatcher) -> dict[str, str]:
@@ -384,32 +278,15 @@ def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, in whose backward their forward is computed again."""
-    blocks = []
-    for child in module.children():
-        for block in child if isinstance(child, nn.ModuleList) else ():
-            blocks += list(block) if isinstance(block, nn.Sequential) else [block]
-    return blocks
+def _middle(module: nn.Module) -> str:
+    """The name of the layer in its middle: the last of a UNet's bottleneck, else one of its blocks.
 
-
-def _recomputed(
-    checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """A block under `checkpoint`, computed both times from what it is given now.
-
-    Blocks add to their input in place, and networks write into their options between blocks.
+    A UNet's blocks are called layer by layer. SSD-1B has no bottleneck: the last way down is.
     """
-
-    def compute(*args: Any, **kwargs: Any) -> Any:
-        return forward(*map(_copied, args), **{key: _copied(v) for key, v in kwargs.items()})
-
-    args = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
-    kwargs = {key: dict(arg) if isinstance(arg, dict) else arg for key, arg in kwargs.items()}
-    return checkpoint(compute, *args, **kwargs)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return dict(value)
-    return value.clone() if isinstance(value, Tensor) else value
+    if bottleneck := getattr(module, "middle_block", None):
+        return f"middle_block.{len(bottleneck) - 1}"
+    if down := getattr(module, "input_blocks", None):
+        return f"input_blocks.{len(down) - 1}.{len(down[-1]) - 1}"
+    lists = [(name, m) for name, m in module.named_children() if isinstance(m, nn.ModuleList)]
+    blocks = [f"{name}.{i}" for name, of in lists for i in range(len(of))]
+    return blocks[len(blocks) // 2] if blocks else ""

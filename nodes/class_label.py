@@ -7,6 +7,8 @@ from ..dmd_train.errors import UserError
 
 LABEL = "class_label"
 NO_CLASS = -1
+MOST = 100_000
+"""Labels, and one more than the largest: many more than a model has classes."""
 
 
 def parse_labels(text: str) -> torch.Tensor:
@@ -15,9 +17,12 @@ def parse_labels(text: str) -> torch.Tensor:
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = part.partition("-")
         try:
-            labels += range(int(first), int(last if dash else first) + 1)
+            own = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             raise UserError(f"labels: '{part}' is no class; write 7, 0-9 or 1, 3, 5-7") from None
+        if own.stop > MOST or len(labels) + len(own) > MOST:
+            raise UserError(f"labels: '{part}' is too many: classes are below {MOST}")
+        labels += own
     return torch.tensor(labels or [NO_CLASS])
 
 

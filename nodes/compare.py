@@ -18,7 +18,7 @@ from ..dmd_train.errors import UserError
 from ..dmd_train.run.pixels import COLUMNS, grid, stack
 from .canvas_network import call_of
 from .conditioning import Conditioning, rows_of
-from .latents import empty_latent, preview_colours
+from .latents import as_pictures, decoded, empty_latent, preview_colours
 from .model_recipe import family_of
 from .progress import EVERY, Progress, say
 from .sampling import StockSampler, needed_recipe, sample_by_recipe
@@ -150,7 +150,7 @@ class DMDCompare(io.ComfyNode):
         if vae:
             say("decoding", cls.hidden.unique_id)
         latents = torch.cat([row.latents for row in rows])
-        images = decoded(latents, vae) if vae else previewed(latents, student)
+        images = decoded(vae, latents) if vae else previewed(latents, student)
         grids = [grid(row, min(count, COLUMNS), PICTURE_SIZE) for row in images.split(count)]
         sheet = stack(list(zip(captions, grids, strict=True)))
         image = torch.from_numpy(np.array(sheet))[None] / 255
@@ -176,7 +176,7 @@ def one_evaluation(cfg: float) -> StockSampler:
 
 @dataclass(frozen=True)
 class Row:
-    """A model's pictures, (N, C, H, W), and what each took in the mean."""
+    """A model's pictures, as LATENTs are, and what each took in the mean."""
 
     latents: Tensor
     nfe: float
@@ -201,7 +201,7 @@ def measured(
 ) -> Row:
     """One picture at a time; `warm_up` has the model loaded and compiled before the clock runs.
 
-    noise: (N, C, H, W), one start a picture.
+    noise: a LATENT's, one start a picture.
     """
     warm_up(model.patcher, noise[:1], prompts[0], None)
     model.evaluations, latents, seconds = 0, [], 0.0
@@ -244,16 +244,10 @@ def how_much_faster(ratio: float) -> str:
     return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 
-def decoded(latents: Tensor, vae: VAE) -> Tensor:
-    """(N, C, h, w) -> pictures (N, 3, H, W) in [-1, 1]."""
-    pixels: Tensor = vae.decode(latents)
-    return pixels.movedim(-1, 1).float() * 2 - 1
-
-
 def previewed(latents: Tensor, model: ModelPatcher) -> Tensor:
-    """(N, C, h, w) -> the colours (N, 3, h, w) in [-1, 1] that ComfyUI previews latents in."""
+    """LATENTs -> the colours (N, 3, h, w) in [-1, 1] that ComfyUI previews them in."""
     latent_format = model.get_model_object("latent_format")
-    colours = preview_colours(latent_format, latent_format.process_in(latents))
+    colours = preview_colours(latent_format, as_pictures(latent_format.process_in(latents)))
     if colours is None:
         raise UserError(
             f"vae: the latents of this model ({family_of(model)}) have no preview colours: wire "

@@ -16,7 +16,6 @@ from ..dmd_train.data.prompts import read_prompts
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.read import peek
 from ..dmd_train.files.yaml import read_yaml
-from ..dmd_train.networks.edm import EDMNetwork
 from ..dmd_train.networks.load import DIGITS_TEACHER, load
 from ..dmd_train.networks.recognise import CLASS_CONDITIONAL, recognise
 from ..dmd_train.presets import PRESETS, presets_for
@@ -27,15 +26,16 @@ from .model_files import PACK
 from .model_recipe import family_of
 from .progress import say
 from .prompts import encode
+from .real_images import BATCH, RealImages
 from .run import bring_to_its_end
 from .run_folders import run_folders, run_name, run_path
 from .teacher_pairs import TeacherPairs
-from .widgets import LORA_MODEL, LOSS_MAP, PAIRS
+from .widgets import IMAGES, LORA_MODEL, LOSS_MAP, PAIRS
 from .wired import Wired, wired_file
 
 AUTO = "right for the model"
 
-FROM_THE_GRAPH = ("teacher", "prompts", "output", "preset", "device", "seed")
+FROM_THE_GRAPH = ("teacher", "prompts", "images", "output", "preset", "device", "seed")
 """Settings that are wires or widgets of their own."""
 
 WIRED_PAIRS = 0.25
@@ -162,10 +162,16 @@ class DMDDistill(io.ComfyNode):
                     tooltip="From DMD Teacher Pairs, for the regression. Without, a preset that "
                     "needs pairs makes its own.",
                 ),
+                IMAGES.Input(
+                    "images",
+                    optional=True,
+                    tooltip="From DMD Real Images: the student learns to look like them, too.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="For the previews. Without, they have rough colours.",
+                    tooltip="For the previews, and to encode images. Without, previews have rough "
+                    "colours.",
                 ),
             ],
             outputs=_outputs(),
@@ -187,18 +193,13 @@ class DMDDistill(io.ComfyNode):
         negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
+        images: RealImages | None = None,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         file = wired_file(model, cls.hidden.prompt, node_id)
-        wired = Wired(model, conditions, negative, pairs, vae, file)
-        widgets = {
-            "steps": steps,
-            "resolution": resolution,
-            "guidance": guidance,
-            "lora_rank": rank,
-        }
-        values = _advanced(advanced) | {key: value for key, value in widgets.items() if value}
-        values |= {"seed": seed, "preset": _preset(model) if preset == AUTO else preset}
+        wired = Wired(model, conditions, negative, pairs, vae, file, images)
+        family = family_of(model)
+        values = chosen(preset, family, steps, resolution, guidance, rank, seed, advanced)
         return bring_to_its_end(_config(values, run, wired), wired, node_id)
 
 
@@ -234,6 +235,11 @@ class DMDContinueRun(io.ComfyNode):
                 PAIRS.Input(
                     "pairs", optional=True, tooltip="With model: the same pairs, if there were any."
                 ),
+                IMAGES.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Of a run with an IMAGE from the graph: the same one.",
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -258,6 +264,7 @@ class DMDContinueRun(io.ComfyNode):
         negative: Conditioning | None = None,
         pairs: TeacherPairs | None = None,
         vae: comfy.sd.VAE | None = None,
+        images: RealImages | None = None,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         path = run_folders().get(run)
@@ -265,6 +272,10 @@ class DMDContinueRun(io.ComfyNode):
             raise UserError(f"run: there is no '{run}'. Press R to read the folders again.")
         begun = load_config(path / "run.yaml", [])
         config = begun.model_copy(update={"output": path, "device": _device(begun.device)})
+        if str(config.images).startswith(BATCH) and images is None:
+            raise UserError(
+                f"{path}: was begun with an IMAGE. Wire the same one, as DMD Real Images."
+            )
         if not config.teacher.startswith(CANVAS):
             say("loading the teacher", node_id)
             wired = _from_file(config, node_id)
@@ -275,9 +286,28 @@ class DMDContinueRun(io.ComfyNode):
                 "its conditions into this node."
             )
         file = wired_file(model, cls.hidden.prompt, node_id)
-        wired = Wired(model, conditions, negative, pairs, vae, file)
+        wired = Wired(model, conditions, negative, pairs, vae, file, images)
         config = config.model_copy(update=wired.names(config))
         return bring_to_its_end(config, wired, node_id)
+
+
+def chosen(
+    preset: str,
+    family: str,
+    steps: int,
+    resolution: int,
+    guidance: float,
+    rank: int,
+    seed: int,
+    advanced: str,
+) -> dict[str, Any]:
+    """The settings that the widgets name; 0 names none. Raises UserError.
+
+    family: the MODEL's, for the preset that is right for it: its first, the one for one GPU.
+    """
+    widgets = {"steps": steps, "resolution": resolution, "guidance": guidance, "lora_rank": rank}
+    values = _advanced(advanced) | {key: value for key, value in widgets.items() if value}
+    return values | {"seed": seed, "preset": presets_for(family)[0] if preset == AUTO else preset}
 
 
 def _advanced(text: str) -> dict[str, Any]:
@@ -302,11 +332,6 @@ def _advanced(text: str) -> dict[str, Any]:
             "train by python -m dmd_train."
         )
     return {str(key): value for key, value in values.items()}
-
-
-def _preset(model: ModelPatcher) -> str:
-    """The first of the MODEL's family, which is the one for one GPU; else the one for any."""
-    return presets_for(family_of(model))[0]
 
 
 def _device(chosen: str) -> str:
@@ -349,7 +374,6 @@ def _from_file(config: Config, node_id: str) -> Wired:
     found = recognise(*peek(file), str(file))
     if found.layout in CLASS_CONDITIONAL:
         network = load(str(file), torch.device("cpu")).network
-        assert isinstance(network, EDMNetwork)
         model = edm_model(network)
         return Wired(model, all_classes(model), file=file)
     embeddings = folder_paths.get_folder_paths("embeddings")

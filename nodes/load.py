@@ -17,7 +17,7 @@ from ..dmd_train.method.lora import kohya_key
 from ..dmd_train.networks.load import load
 from ..dmd_train.networks.recognise import Found, recognise
 from .edm_model import edm_model, pixel_vae
-from .model_files import PACK, choices, path_of
+from .model_files import PACK, choices, file_of, path_of
 from .model_recipe import family_of, with_recipe
 
 UNKNOWN = "which recipe? pick one in DMD Model Sampling"
@@ -130,7 +130,7 @@ class LoadDMDLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, file: str, strength: float) -> io.NodeOutput:
-        path = Path(folder_paths.get_full_path_or_raise("loras", file))
+        path = file_of("loras", file, file)
         shapes, metadata = peek(path)
         found = recognise(
             shapes,

@@ -31,8 +31,16 @@ def choices() -> list[str]:
 
 def path_of(choice: str) -> Path:
     """The file of a choice. Raises UserError for one that is not (or no longer) offered."""
-    folder, _, name = choice.partition("/")
-    path = folder_paths.get_full_path(folder, name) if folder in FOLDERS else None
+    folder, _, name = str(choice).partition("/")
+    return file_of(folder if folder in FOLDERS else "", name, choice)
+
+
+def file_of(folder: str, name: str, choice: str) -> Path:
+    """A file of one of ComfyUI's folders. Raises UserError for one that is not there.
+
+    choice: what the user chose. Older ComfyUIs do not look into a list: it may be anything.
+    """
+    path = folder_paths.get_full_path(folder, str(name))
     if path is None:
         raise UserError(f"{choice}: no such file. Press R to read the folders again.")
     return Path(path)

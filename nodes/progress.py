@@ -46,7 +46,23 @@ class Progress:
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def say(text: str, where: "Progress | str") -> None:
-    """A line of text on a node while it runs. where: its progress, or its id."""
+def say(text: str, where: "Progress | str", run: str = "") -> None:
+    """A line of text on a node while it runs. where: its progress, or its id. run: that it is at.
+
+    It goes to the page that queued the running prompt and names its workflow: the page may show
+    another by now, with another node of that id. ComfyUI's own progress text goes to every page.
+    """
     node_id = where if isinstance(where, str) else where.node_id
-    PromptServer.instance.send_progress_text(text, node_id)
+    server = PromptServer.instance
+    if server.client_id is None:  # a prompt that no page has queued; None would be all pages
+        return
+    said = {"node": node_id, "text": text, "run": run, **_running_prompt()}
+    server.send_sync("dmd-one-step.said", said, server.client_id)
+
+
+def _running_prompt() -> dict[str, str]:
+    """Its id, and its workflow's where the page has sent one."""
+    for _, prompt_id, _, extra, *_ in PromptServer.instance.prompt_queue.currently_running.values():
+        workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+        return {"prompt_id": prompt_id, "workflow": workflow.get("id") or ""}
+    return {}

@@ -10,7 +10,7 @@ import comfy.sd
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from torch import nn
@@ -24,11 +24,13 @@ from ..dmd_train.files.write import write_text
 from ..dmd_train.method.network import Network
 from ..dmd_train.networks.loaded import Loaded
 from ..dmd_train.run.folder import RunFolder, require_teacher
-from .canvas_network import engine_network, is_quantised
 from .conditioning import fingerprint
+from .engine_network import engine_network
 from .model_files import PACK
 from .model_recipe import recipe_of
+from .patched_copy import is_quantised
 from .progress import Progress, say
+from .run_folders import name_of
 from .student_model import student_model, student_of
 from .teacher_pairs import TeacherPairs
 from .training_mode import training_mode
@@ -45,6 +47,7 @@ def bring_to_its_end(config: Config, wired: Wired, node_id: str) -> io.NodeOutpu
     """
     _require_room(config, wired.model)
     with RunFolder(config) as run:
+        say("reading the run", node_id, run=name_of(run.path))
         _keep_prompts(run, wired)
         if not run.finished:
             try:
@@ -99,7 +102,9 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
     say("copying the model", node_id)
     network, conditions = engine_network(wired, config)
     pairs = None if wired.pairs is None else _wired_pairs(wired.pairs, network, wired)
-    preparation = prepare(run, _loaded(network, wired), conditions=conditions, pairs=pairs)
+    real = wired.images.for_run(config, network) if wired.images else None
+    loaded = _loaded(network, wired)
+    preparation = prepare(run, loaded, conditions=conditions, pairs=pairs, real=real)
     try:
         with _every_call_may_stop(network.module):
             ready = carried_out(preparation, Preparing(node_id).tell)
@@ -114,7 +119,7 @@ def _train(run: RunFolder, wired: Wired, node_id: str) -> None:
                 step = report.step
                 if step % LOG_EVERY == 0:
                     losses = f"\n{report.losses()}"
-                progress.update(step, losses, report.picture)
+                progress.update(step, losses)  # its pictures are in the panel
     except comfy.model_management.InterruptProcessingException:
         say(f"stopped at step {step} and saved in {run.path.name}. Run goes on.", node_id)
         raise
@@ -190,8 +195,8 @@ def _results(run: RunFolder, model: ModelPatcher, file: Path | None) -> io.NodeO
     no_lora = ExecutionBlocker("a student of full training is no LoRA: wire DMD Save Student.")
     step = rows[-1]["step"] if rows else 0
     said = (
-        f"{run.config.preset}, step {step} of {run.config.steps}: {made_by.recipe.nfe} step at t = "
-        f"{made_by.recipe.timesteps[0]}, cfg 1. Saved in {run.path}"
+        f"{run.config.preset}, step {step} of {run.config.steps}: {made_by.recipe.steps}, "
+        f"cfg 1. Saved in {run.path}"
     )
     return io.NodeOutput(
         student,
@@ -199,5 +204,5 @@ def _results(run: RunFolder, model: ModelPatcher, file: Path | None) -> io.NodeO
         {"loss": losses},
         sheet,
         str(run.path),
-        ui={"text": (said,), **ui.PreviewImage(sheet).as_dict()},
+        ui={"text": (said,), "run": (name_of(run.path),)},
     )

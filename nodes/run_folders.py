@@ -6,11 +6,14 @@ from pathlib import Path
 import folder_paths
 import yaml
 
-from ..dmd_train.config import Config
+from ..dmd_train.config import Config, as_before
 from ..dmd_train.errors import UserError
 from ..dmd_train.files.names import is_name
 from ..dmd_train.run.folder import FREE_TO_CHANGE
 from .model_files import PACK
+
+HEADLESS = "runs/"
+"""How the names of runs begin that lie in the pack's own folder."""
 
 
 def runs_folder() -> Path:
@@ -37,10 +40,15 @@ def _checked(name: str, widget: str) -> str:
     return name
 
 
+def name_of(run: Path) -> str:
+    """What a run is called among `run_folders`."""
+    return run.name if run.parent == runs_folder() else f"{HEADLESS}{run.name}"
+
+
 def run_folders() -> dict[str, Path]:
     """Every run there is, newest first: the canvas's by name, headless ones as runs/NAME."""
     found = {}
-    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", "runs/")):
+    for folder, prefix in ((runs_folder(), ""), (PACK / "runs", HEADLESS)):
         for run_yaml in folder.glob("*/run.yaml"):
             found[prefix + run_yaml.parent.name] = run_yaml.parent
     by_age = sorted(found, key=lambda name: (found[name] / "run.yaml").stat().st_mtime)
@@ -49,6 +57,7 @@ def run_folders() -> dict[str, Path]:
 
 def run_name(config: Config, conditions_name: str) -> str:
     """A run's name where nobody gave one: the same for the same run, and for no other."""
-    learned = config.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"prompts"})
+    told = as_before(config)
+    learned = {key: told[key] for key in told.keys() - FREE_TO_CHANGE - {"prompts"}}
     digest = hashlib.sha256(yaml.safe_dump([learned, conditions_name]).encode()).hexdigest()
     return f"{config.preset}-{digest[:8]}"

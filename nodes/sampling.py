@@ -34,9 +34,13 @@ def needed_recipe(model: ModelPatcher) -> Recipe:
     return recipe
 
 
-def dmd_sampler() -> comfy.samplers.KSAMPLER:
-    """x0 prediction, then fresh noise: what ComfyUI calls lcm. With one step, x0 itself."""
-    return comfy.samplers.sampler_object("lcm")
+def dmd_sampler(recipe: Recipe) -> comfy.samplers.KSAMPLER:
+    """x0, then noise again: fresh, which ComfyUI calls lcm, or its own. With one step, x0 itself.
+
+    From sigma to sigma' euler goes to x0 + sigma' eps_hat, which is DDIM with eta = 0.
+    """
+    names = {"stochastic": "lcm", "deterministic": "euler"}
+    return comfy.samplers.sampler_object(names[recipe.sampler])
 
 
 class DMDModelSampling(io.ComfyNode):
@@ -66,8 +70,9 @@ class DMDModelSampling(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    tooltip="For a stock KSampler: lcm, simple, cfg 1. With one step nearly every "
-                    "sampler is exact; uni_pc, dpm_fast and dpm_adaptive are not."
+                    tooltip="For a stock KSampler: lcm, simple, cfg 1 (euler for a deterministic "
+                    "student of several steps). With one step nearly every sampler is exact; "
+                    "uni_pc, dpm_fast and dpm_adaptive are not."
                 ),
                 io.Sampler.Output(tooltip="For SamplerCustom."),
                 io.Sigmas.Output(tooltip="For SamplerCustom: the recipe's noise levels."),
@@ -85,7 +90,7 @@ class DMDModelSampling(io.ComfyNode):
         else:  # a workflow of another version; older ComfyUIs do not look into this list
             raise UserError(f"recipe: there is no '{recipe}'. Choose one of {', '.join(RECIPES)}")
         patched = with_recipe(model, chosen)
-        return io.NodeOutput(patched, dmd_sampler(), sigmas_of(patched, chosen))
+        return io.NodeOutput(patched, dmd_sampler(chosen), sigmas_of(patched, chosen))
 
 
 def custom_recipe(model: ModelPatcher, timesteps: str) -> Recipe:
@@ -120,7 +125,7 @@ class StockSampler:
         negative: Conditioning | None = None,
         seed: int,
     ) -> Tensor:
-        """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), from an empty latent.
+        """A LATENT's samples, like noise: N(0, I) in that MODEL's axes, from an empty latent.
 
         negative: not needed at cfg 1. seed: of the noise that the sampler itself adds.
         """
@@ -157,17 +162,17 @@ def sample_by_recipe(
     latent: Tensor | None = None,
     noise_mask: Tensor | None = None,
 ) -> Tensor:
-    """A LATENT's samples, like noise: (B, C, H, W) ~ N(0, I), by the MODEL's own recipe.
+    """A LATENT's samples, like noise: N(0, I) in the MODEL's axes, by its own recipe.
 
     latent: counts where noise_mask keeps it. seed: of the noise between steps.
     """
-    guider = ConditionalGuider(model)
+    recipe, guider = needed_recipe(model), ConditionalGuider(model)
     guider.set_conds(positive)
     samples: Tensor = guider.sample(
         noise,
         torch.zeros_like(noise) if latent is None else latent,
-        dmd_sampler(),
-        sigmas_of(model, needed_recipe(model)),
+        dmd_sampler(recipe),
+        sigmas_of(model, recipe),
         denoise_mask=noise_mask,
         callback=callback,
         disable_pbar=True,

@@ -17,7 +17,7 @@ from ..dmd_train.files.write import sole_writer
 from ..dmd_train.method.seeding import stream_seed
 from .conditioning import Conditioning, Row, fingerprint, joined, rows_of
 from .fingerprint import digest, model_fingerprint
-from .latents import empty_latent, require_pictures
+from .latents import as_latent, as_pictures, empty_latent, require_pictures
 from .progress import Progress, say
 from .run_folders import pairs_path
 from .sampling import StockSampler
@@ -54,16 +54,17 @@ class Teacher:
         if positive is None:
             singles = enumerate(zip(noise.split(1), numbers.split(1), strict=True), first)
             return torch.cat([self(z, number, i) for i, (z, number) in singles])
+        latent_format = self.model.get_model_object("latent_format")
         latent = self.how.sample(
             self.model,
-            noise,
+            as_latent(latent_format, noise),
             positive,
             lambda *_: comfy.model_management.throw_exception_if_processing_interrupted(),
             negative=self.negative,
             seed=stream_seed(self.seed, "pair sampler", first),
         )
-        x0: Tensor = self.model.get_model_object("latent_format").process_in(latent.float())
-        return x0.cpu()
+        x0: Tensor = latent_format.process_in(latent.float())
+        return as_pictures(x0).cpu()
 
     def origin(self, shape: tuple[int, int, int]) -> str:
         """A name of everything that a pair is a function of, but its number."""
@@ -157,7 +158,7 @@ class DMDTeacherPairs(io.ComfyNode):
         how = StockSampler(steps, cfg, sampler_name, scheduler)
         teacher = Teacher(model, rows, against, seed, how)
         require_pictures(model)
-        _, channels, high, wide = empty_latent(model, width, height, 1).shape
+        _, channels, high, wide = as_pictures(empty_latent(model, width, height, 1)).shape
         shape = (channels, high, wide)
         origin = teacher.origin(shape)
         folder = pairs_path(name.strip() or digest(origin)[:8])

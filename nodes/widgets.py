@@ -6,6 +6,9 @@ from comfy_api.latest import io
 PAIRS = io.Custom("DMD_PAIRS")
 """A `TeacherPairs`, from DMD Teacher Pairs to DMD Distill."""
 
+IMAGES = io.Custom("DMD_IMAGES")
+"""A `RealImages`, from DMD Real Images to DMD Distill."""
+
 LORA_MODEL, LOSS_MAP = io.Custom("LORA_MODEL"), io.Custom("LOSS_MAP")
 """What ComfyUI's own Save LoRA Weights and Plot Loss Graph take."""
 

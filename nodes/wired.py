@@ -21,6 +21,7 @@ from .edm_model import EDMModel
 from .fingerprint import model_fingerprint
 from .model_files import path_of
 from .model_recipe import family_of
+from .real_images import RealImages
 from .teacher_pairs import TeacherPairs
 
 PROMPTS_FILE = "prompts.txt"
@@ -37,6 +38,7 @@ class Wired:
     pairs: TeacherPairs | None = None
     vae: comfy.sd.VAE | None = None
     file: Path | None = None
+    images: RealImages | None = None
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -77,6 +79,8 @@ class Wired:
         """Whether `python -m dmd_train` can be told all of it: a file, and prompts or classes."""
         if self.file is None or self.pairs is not None:
             return False
+        if self.images is not None and self.images.folder is None:
+            return False
         if isinstance(self.model.model, EDMModel):
             return self.has_all_classes
         empty = not self.negative or all(o.get(PROMPT) == "" for _, o in rows_of(self.negative))
@@ -89,7 +93,21 @@ class Wired:
         return name_of([config.teacher, self.conditions_name])
 
     def names(self, config: Config) -> dict[str, Any]:
-        """teacher and prompts for its run.yaml: files where a headless run can take it up."""
+        """teacher, prompts, images for its run.yaml: files where a headless run can take it up."""
+        return self._names(config) | self._images()
+
+    def _images(self) -> dict[str, Any]:
+        if self.images is None:
+            return {}
+        # no text encoder is wired for captions; a model of classes is told them by folders
+        is_of_classes = isinstance(self.model.model, EDMModel)
+        return {
+            "images": self.images.name,
+            "flip_images": self.images.flip,
+            "captions": "auto" if is_of_classes else "none",
+        }
+
+    def _names(self, config: Config) -> dict[str, Any]:
         if not self.is_headless(config):
             return {"teacher": self.model_name, "prompts": self.conditions_name}
         assert self.file

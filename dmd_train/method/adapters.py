@@ -144,6 +144,10 @@ class Adapted(Wrapped):
         self.adapters.use(self.name)
         return super().predict_x0(x_t, t, condition)
 
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.adapters.use(self.name)
+        return super().features(x_t, t, condition)
+
     def checkpoint_gradients(self, checkpoint: Callable[..., Any] | None = None) -> None:
         self.network.checkpoint_gradients(checkpoint or self.adapters.checkpoint)
 

@@ -1,5 +1,6 @@
 """What the engine needs of a diffusion model: its posterior mean, its noise, its parameters."""
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing_extensions import Self
 
 from ..errors import UserError
 from .noise import Noise, Prediction, denoising_weight
+from .processes import is_spread
 
 NETWORK_KEY = "dmd.network"
 """The safetensors metadata key under which a file describes its network, as JSON."""
@@ -55,9 +57,38 @@ class Network(ABC):
     lora_metadata: Mapping[str, str] = MappingProxyType({})
     """What a LoRA for this network says of itself, for programs to list it by."""
 
+    middle: str = ""
+    """The layer of the module that the discriminator reads; empty: none is known."""
+
     @abstractmethod
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The estimate of x0, like x_t: (B, C, H, W); t: (B,) timesteps 0..999."""
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What its middle makes of x_t: (B, C, H', W') float32, of tokens and vectors H' = W' = 1.
+
+        What comes behind the middle is not computed. Raises UserError where none is known.
+        """
+        reached: list[Tensor] = []
+        # a spread module keeps account of its calls: none may end early
+        may_end = not is_spread(next(self.module.parameters()))
+
+        def look(_: nn.Module, __: object, output: Any) -> None:
+            # blocks may return more: what skips them, or the text's tokens, which are fewer
+            parts = [output] if isinstance(output, Tensor) else output
+            reached.append(max((p for p in parts if isinstance(p, Tensor)), key=Tensor.numel))
+            if may_end:
+                raise _ReachedError
+
+        hook = self.module.get_submodule(self.middle).register_forward_hook(look)
+        try:
+            with contextlib.suppress(_ReachedError):
+                self.predict_x0(x_t, t, condition)
+        finally:
+            hook.remove()
+        if not (self.middle and reached):
+            raise UserError(f"images: {self.family} networks have no middle that is known here.")
+        return _as_map(reached[0].float())
 
     @abstractmethod
     def null_condition(self, condition: Condition) -> Condition:
@@ -96,6 +127,13 @@ class Network(ABC):
         """Pictures with their gradient, (B, 1 or 3, H', W') about -1..1, of x0: (B, C, H, W)."""
         return x0
 
+    def encode(self, images: Tensor) -> Tensor:
+        """x0, (B, C, H, W), of pictures in [-1, 1]: (B, 1 or 3, H', W').
+
+        Raises UserError where there is nothing to encode latents by.
+        """
+        return images
+
     def freeze(self) -> None:
         """The module is not trained from here on, but may carry adapters."""
         self.module.eval().requires_grad_(False)
@@ -123,6 +161,20 @@ class Network(ABC):
         return next(self.module.parameters()).device
 
 
+class _ReachedError(Exception):
+    """A network's middle has its output, and the rest need not be computed."""
+
+
+def _as_map(features: Tensor) -> Tensor:
+    """(B, C, H, W) as it is; (B, C), and the mean over tokens, as (B, C, 1, 1).
+
+    Tokens are (B, N, C), or (B, T, H, W, C) where a network keeps their places (Cosmos Predict2).
+    """
+    if features.dim() in (3, 5):
+        features = features.flatten(1, -2).mean(dim=1)
+    return features if features.dim() == 4 else features[:, :, None, None]
+
+
 class Wrapped(Network):
     """`network` under another name; a subclass says what is different about it.
 
@@ -137,6 +189,9 @@ class Wrapped(Network):
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.network.predict_x0(x_t, t, condition)
 
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.network.features(x_t, t, condition)
+
     def null_condition(self, condition: Condition) -> Condition:
         return self.network.null_condition(condition)
 
@@ -145,6 +200,9 @@ class Wrapped(Network):
 
     def to_images(self, x0: Tensor) -> Tensor:
         return self.network.to_images(x0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.network.encode(images)
 
     def canonical_name(self, name: str) -> str:
         return self.network.canonical_name(name)

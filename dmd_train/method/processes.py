@@ -94,19 +94,20 @@ class Processes:
             dist.barrier()
 
 
-def _is_spread(value: Tensor) -> bool:
+def is_spread(value: Tensor) -> bool:
+    """Whether each process has a part of it alone."""
     return hasattr(value, "full_tensor")  # of DTensors alone, which old versions of torch lack
 
 
 def whole(value: Any) -> Tensor:
     """A tensor as it is, or put together again from all processes; all must ask."""
-    together: Tensor = value.full_tensor() if _is_spread(value) else value
+    together: Tensor = value.full_tensor() if is_spread(value) else value
     return together
 
 
 def as_spread(value: Tensor, like: Any) -> Tensor:
     """A whole tensor, spread over the processes as `like` is."""
-    if not _is_spread(like):
+    if not is_spread(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -1,15 +1,21 @@
 """How a student must be sampled. Travels inside its file, as safetensors metadata."""
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import UserError, shown
-from .noise import TIMESTEPS
+from .noise import TIMESTEPS, VP
 
 RECIPE_KEY = "dmd.recipe"
+LATER = ("sampler", "shift")
+"""Fields that files of before do not have. Unsaid at their defaults, they are read by all."""
+
+Sampler = Literal["stochastic", "deterministic"]
 NOT_FALLING = "not_falling"
 
 LICENSE = 50_000
@@ -19,12 +25,35 @@ SIZES = range(8, 8193)
 """Pixels a side that a file may say it draws."""
 
 
+class StockSettings(NamedTuple):
+    """Of ComfyUI's own sampler, beside cfg 1 and an empty latent. denoise: of two decimals."""
+
+    steps: int
+    sampler: str
+    denoise: float
+
+    def __str__(self) -> str:
+        return f"steps {self.steps}, cfg 1, {self.sampler}, simple, denoise {self.denoise:g}"
+
+
+def simple(steps: int) -> tuple[int, ...]:
+    """Timesteps of ComfyUI's scheduler of that name."""
+    return tuple(TIMESTEPS - 1 - int(i * (TIMESTEPS / steps)) for i in range(steps))
+
+
+def falls(timesteps: tuple[int, ...]) -> bool:
+    """Whether they are timesteps, noisiest first and each once."""
+    falling = sorted(set(timesteps), reverse=True) == list(timesteps)
+    return falling and all(0 <= t < TIMESTEPS for t in timesteps)
+
+
 class Recipe(BaseModel):
     """Everything a sampler needs beside the weights.
 
     One network evaluation per timestep, noisiest first: x0 = mu(x_t, t), then, if another
-    timestep t' follows, x_t' = alpha x0 + sigma eps with fresh noise (DMD2 4.4). The first input
-    is noise_scale * N(0, I), whatever the first timestep says.
+    timestep t' follows, x_t' = alpha x0 + sigma eps. eps is fresh noise if stochastic (DMD2 4.4),
+    that which x_t holds by x0 if deterministic (DDIM, eta = 0). The first input is
+    noise_scale * N(0, I), whatever the first timestep says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -33,6 +62,9 @@ class Recipe(BaseModel):
     prediction: Literal["eps", "v", "flow", "edm"]
     timesteps: tuple[int, ...] = Field(min_length=1, max_length=TIMESTEPS)
     noise_scale: float = Field(gt=0, le=10_000)
+    sampler: Sampler = "stochastic"
+    shift: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Of a flow's timesteps: sigma = shift r / (1 + (shift - 1) r), r = (t + 1) / 1000."""
     baked_guidance: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """The teacher's guidance during training. It is in the weights: sample without guidance."""
     teacher: Annotated[str, Field(max_length=1000)] = "unknown"
@@ -43,8 +75,7 @@ class Recipe(BaseModel):
     @field_validator("timesteps")
     @classmethod
     def _require_falling(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
-        falling = sorted(set(timesteps), reverse=True) == list(timesteps)
-        if not falling or not all(0 <= t < TIMESTEPS for t in timesteps):
+        if not falls(timesteps):
             raise PydanticCustomError(
                 NOT_FALLING,
                 "timesteps {timesteps} do not fall within {last}..0",
@@ -57,8 +88,41 @@ class Recipe(BaseModel):
         """Network function evaluations an image."""
         return len(self.timesteps)
 
+    @property
+    def stock(self) -> "StockSettings | None":
+        """Those by which ComfyUI's own sampler draws it, without ours; None: it does not.
+
+        Its scheduler "simple" with N steps takes every N-th timestep of the model's 1000, and at
+        denoise n/N the last n of them. At denoise 1 it starts from N(0, I), else from sigma_t z.
+        Its lcm adds fresh noise between steps, its euler is deterministic.
+        """
+        if self.prediction == "edm":
+            return None
+        n, scale = self.nfe, 1.0
+        sampler = "euler" if self.sampler == "deterministic" else "lcm"
+        first = torch.tensor(self.timesteps[:1])
+        is_vp = self.prediction != "flow"
+        for total in range(n, min(20 * n, TIMESTEPS) + 1 if is_vp else n + 1):
+            if total > n:
+                scale = float(VP.scaled_linear().sigma(first))
+            is_same = math.isclose(self.noise_scale, scale, rel_tol=1e-5)
+            denoise = math.floor(100 * n / total) / 100
+            if is_same and simple(total)[-n:] == self.timesteps and int(n / denoise) == total:
+                return StockSettings(n, sampler, denoise)
+        return None
+
+    @property
+    def steps(self) -> str:
+        """For a message: "2 steps at t = 999, 499"."""
+        kind = ", deterministic" if self.sampler == "deterministic" and self.nfe > 1 else ""
+        timesteps = ", ".join(map(str, self.timesteps))
+        return f"{self.nfe} step{'s' * (self.nfe > 1)} at t = {timesteps}{kind}"
+
     def to_metadata(self, title: str, shape: tuple[int, int, int]) -> dict[str, str]:
         """The recipe, and the keys of the ModelSpec standard 1.0.1 that it answers."""
+        hint = f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1"
+        if self.stock:
+            hint += f"; in a stock ComfyUI {self.stock}"
         spec = {
             "sai_model_spec": "1.0.1",
             "architecture": self.family,
@@ -68,12 +132,14 @@ class Recipe(BaseModel):
             "license": self.license,
             "resolution": f"{shape[2]}x{shape[1]}",
             "timestep_range": f"{min(self.timesteps)},{max(self.timesteps) + 1}",
-            "usage_hint": f"{self.nfe} step(s) at timesteps {list(self.timesteps)}, cfg 1",
+            "usage_hint": hint,
         }
         standard_name = {"eps": "epsilon", "v": "v"}.get(self.prediction)
         if standard_name:
             spec["prediction_type"] = standard_name
-        return {RECIPE_KEY: self.model_dump_json()} | {
+        fields = type(self).model_fields
+        unsaid = {key for key in LATER if getattr(self, key) == fields[key].default}
+        return {RECIPE_KEY: self.model_dump_json(exclude=unsaid)} | {
             f"modelspec.{key}": value for key, value in spec.items()
         }
 

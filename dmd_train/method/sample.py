@@ -36,16 +36,36 @@ def step_noise(
 def sample_student(
     network: Network, recipe: Recipe, condition: Condition, noise: list[Tensor]
 ) -> Tensor:
-    """len(recipe.timesteps) evaluations without guidance (DMD2 4.4). noise: see step_noise.
+    """x0, (B, C, H, W), of all of the recipe's steps. noise: see step_noise."""
+    if len(noise) != recipe.nfe:
+        raise ValueError(f"{len(noise)} noises for {recipe.nfe} steps")
+    return rollout(network, recipe, condition, noise)
 
-    With one timestep, G(z) = mu(noise_scale z, t): the generator that training saw. Gradients
-    flow if the caller lets them. Returns x0, (B, C, H, W).
+
+def rollout(network: Network, recipe: Recipe, condition: Condition, noise: list[Tensor]) -> Tensor:
+    """x0, (B, C, H, W), of the recipe's step len(noise), those before it without gradient.
+
+    An evaluation a step, without guidance (DMD2 4.4); in training, backward simulation (DMD2
+    4.5), whose memory is that of one step. With one timestep, G(z) = mu(noise_scale z, t).
+    noise: (B, C, H, W) each, N(0, I): the start, then what is added before each further step. A
+    deterministic recipe has no use for more than the start.
     """
-    timesteps = [torch.full((len(noise[0]),), t, device=noise[0].device) for t in recipe.timesteps]
-    x0 = network.predict_x0(recipe.noise_scale * noise[0], timesteps[0], condition)
-    for t, eps in zip(timesteps[1:], noise[1:], strict=True):
-        x0 = network.predict_x0(network.noise.add(x0, eps, t), t, condition)
-    return x0
+    x_t, (first, *later) = recipe.noise_scale * noise[0], recipe.timesteps
+    t = torch.full((len(x_t),), first, device=x_t.device)
+    for following, eps in zip(later, noise[1:], strict=False):
+        t_next = torch.full_like(t, following)
+        with torch.no_grad():
+            x0 = network.predict_x0(x_t, t, condition)
+            if recipe.sampler == "deterministic":
+                eps = eps_hat(network.noise, x_t, x0, t)
+            x_t = network.noise.add(x0, eps, t_next)
+        t = t_next
+    return network.predict_x0(x_t, t, condition)
+
+
+def eps_hat(noise: Noise, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The noise that x_t holds where x0 is right, (x_t - alpha x0) / sigma. float64."""
+    return (x_t - per_sample(noise.alpha(t)) * x0) / per_sample(noise.sigma(t))
 
 
 @torch.no_grad()
@@ -81,19 +101,18 @@ def sample_heun(
 def sample_euler(
     network: Network, z: Tensor, condition: Condition, steps: int, guidance: float
 ) -> Tensor:
-    """Euler steps of a rectified flow, dx = u dsigma: x' = alpha' mu + sigma' eps_hat. steps NFE.
+    """Euler steps of a rectified flow or of EDM: x' = alpha' mu + sigma' eps_hat. steps NFE.
 
     z: (B, C, H, W) ~ N(0, I). The grid is even in the timestep: from the last one, a student's,
-    down to -1, which is x0 itself (Flux's own: black-forest-labs/flux, get_schedule).
+    down to -1, which stands for x0 itself (Flux's own: black-forest-labs/flux, get_schedule).
     """
     timesteps = torch.linspace(network.noise.last, -1, steps + 1, dtype=torch.float64)
     x = network.noise.start_scale * z
     for timestep, following in pairwise(timesteps.to(z.device)):
         t, t_next = timestep.expand(len(x)), following.expand(len(x))
         mu = guided_x0(network, x, t, condition, guidance)
-        alpha, sigma = per_sample(network.noise.alpha(t)), per_sample(network.noise.sigma(t))
-        x = network.noise.add(mu, (x - alpha * mu) / sigma, t_next)
-    return x
+        x = network.noise.add(mu, eps_hat(network.noise, x, mu, t), t_next)
+    return mu
 
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,8 +148,7 @@ def sample_scheduler(
         x_t = scheduler.scale_model_input(x, timestep)
         t = timestep.long().expand(len(x))
         x0 = guided_x0(network, x_t, t, condition, guidance)
-        alpha, sigma = per_sample(network.noise.alpha(t)), per_sample(network.noise.sigma(t))
-        eps = ((x_t - alpha * x0) / sigma).to(x.dtype)
+        eps = eps_hat(network.noise, x_t, x0, t).to(x.dtype)
         x = scheduler.step(eps, timestep, x, return_dict=False)[0]
     return x
 
@@ -141,11 +159,13 @@ def sample_teacher(
     """x0 by the sampler of that name (Config.pair_sampler). Raises UserError if there is none."""
     if isinstance(network.noise, VP):
         return sample_scheduler(network, z, condition, sampler, steps, guidance)
-    is_flow = isinstance(network.noise, Flow)
-    own, sample = ("euler", sample_euler) if is_flow else ("heun", sample_heun)
-    if sampler != own:
-        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have {own} alone.")
-    return sample(network, z, condition, steps, guidance)
+    own = {"euler": sample_euler}
+    if isinstance(network.noise, EDM):
+        own |= {"heun": sample_heun}
+    if sampler not in own:
+        known = " and ".join(own)
+        raise UserError(f"pair_sampler: {sampler}: {network.family} networks have {known} alone.")
+    return own[sampler](network, z, condition, steps, guidance)
 
 
 USUAL: dict[type[Noise], tuple[str, int, float]] = {

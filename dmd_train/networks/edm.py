@@ -29,9 +29,11 @@ class EDMNetwork(Network):
         classes: int,
         sigma_data: float,
         license: str,
+        middle: str = "",
     ) -> None:
         self.module, self.family, self.shape = module, family, shape
         self.classes, self.sigma_data, self.license = classes, sigma_data, license
+        self.middle = middle
         self.noise = EDM()
 
     def predict_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

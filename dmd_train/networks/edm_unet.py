@@ -32,4 +32,5 @@ def edm_unet(
         classes=classes,
         sigma_data=sigma_data,
         license=license,
+        middle="mid_block",
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Literal
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..families import FAMILIES, TITLES, TOLD_PROMPTS, of_width
 from ..files.read import Shapes
 from ..method.lora import OWN_KEY
@@ -75,13 +75,13 @@ class Found:
         extra = [name for name, is_in in (("CLIP", self.text_encoder), ("VAE", self.vae)) if is_in]
         layout = self.layout + (f" with {' and '.join(extra)}" if extra else "")
         family = FAMILIES[self.family].title if self.family in FAMILIES else self.family
-        return f"{family}, {layout}: {self._steps or unknown}; licence {shorten(self.license, 80)}"
+        license = shorten(self.license, 80)
+        return one_line(f"{family}, {layout}: {self._steps or unknown}; licence {license}")
 
     @property
     def _steps(self) -> str:
         if self.recipe:
-            timesteps = ", ".join(map(str, self.recipe.timesteps))
-            return f"{self.recipe.nfe} step{'s' * (self.recipe.nfe > 1)} at t = {timesteps}"
+            return self.recipe.steps
         return "many steps" if self.layout == "our teacher" else ""
 
 

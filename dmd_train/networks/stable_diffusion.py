@@ -42,8 +42,11 @@ class StableDiffusion(Network):
     ) -> None:
         self.module, self.family, self.prediction = unet, family, prediction
         self.shape, self.license, self.empty, self.half = shape, license, empty, half
+        last_down = f"down_blocks.{len(unet.down_blocks) - 1}"
+        self.middle = last_down if unet.mid_block is None else "mid_block"  # SSD-1B has none
         # half precision is autocast's: in float16, SDXL's VAE overflows
         self.decoder = Module.float(decoder.requires_grad_(False)) if decoder else None
+        self.encoder = self.decoder  # a smaller decoder may take its place, which encodes nothing
         self.latent_scale, self.downscale = latent_scale, downscale
         self.noise = VP.scaled_linear()
         self.lora_targets = FAMILIES[family].lora_layers
@@ -81,6 +84,23 @@ class StableDiffusion(Network):
         with autocast(x0.device.type, torch.bfloat16, enabled=self.half):
             images: Tensor = self.decoder.decode(x0 / scale).sample
             return images.float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        if self.encoder is None:
+            raise UserError(
+                "images: the teacher has no VAE to encode them by. Give one with a VAE."
+            )
+        self.encoder.to(images.device)
+        with autocast(images.device.type, torch.bfloat16, enabled=self.half):
+            encoded = self.encoder.encode(images)
+        # AutoencoderTiny was made for latents of unit scale
+        latents: Tensor = (
+            encoded.latents
+            if isinstance(self.encoder, AutoencoderTiny)
+            else self.latent_scale * encoded.latent_dist.mode()
+        )
+        return latents.float()
 
     def freeze(self) -> None:
         super().freeze()

@@ -14,7 +14,7 @@ from ..method.adapters import Adapted, Adapters
 from ..method.network import Network
 from ..networks.ldm_names import LDM
 from ..networks.load import load_teacher
-from ..networks.loaded import one_step_recipe
+from ..networks.loaded import student_recipe
 from .folder import exporting, newest_checkpoint, require_teacher, student_marks
 from .student import write_weights
 
@@ -98,7 +98,7 @@ def export(
             tensors = network.renamed(adapters.merged("student"))
     beside = _rest_of_teacher(Path(config.teacher)) if form == "checkpoint" else {}
     path = out or run / f"student-{form}.safetensors"
-    recipe = one_step_recipe(loaded, config)
+    recipe = student_recipe(loaded, config)
     said = student_marks(run / "checkpoints", newest.step)
     within = path.resolve().parent == run.resolve()
     with exporting(run) if within else nullcontext():

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import __version__
-from ..config import Config, dump_config, load_config
+from ..config import Config, as_named_now, dump_config, load_config, make_config
 from ..errors import UserError
 from ..files.mark import MARK_KEY
 from ..files.read import peek, read_safetensors
@@ -192,8 +192,22 @@ class RunFolder:
         return self.path / "text"
 
     @property
+    def images(self) -> Path:
+        """The real images, encoded."""
+        return self.path / "images"
+
+    @property
+    def captions(self) -> Path:
+        """What is said of them, encoded."""
+        return self.path / "captions"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     def require_there(self) -> None:
         """Raises UserError where the folder was taken away."""
@@ -224,7 +238,7 @@ class RunFolder:
         try:
             self._sweep()
             if run_yaml.exists():
-                self._check_same(run_yaml)
+                self._go_on_as_begun(run_yaml)
             write_text(run_yaml, dump_config(self.config))
         except BaseException:
             self._lock.release()
@@ -241,21 +255,30 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Drop the temporary files of a killed run: as large as what they were to become."""
-        for folder in (self.checkpoints, self.samples, self.pairs, self.text):
+        made = (self.pairs, self.text, self.images, self.captions)
+        for folder in (self.checkpoints, self.samples, *made):
             sweep(folder)
         with suppress(Timeout), exporting(self.path).acquire(timeout=0):
             sweep(self.path)
 
-    def _check_same(self, run_yaml: Path) -> None:
-        """Raises UserError for settings that neither run.yaml nor the newest checkpoint has."""
+    def _go_on_as_begun(self, run_yaml: Path) -> None:
+        """Settings that nobody said stay as they were begun, whatever the preset has by now.
+
+        Raises UserError for one that is said and is not what run.yaml, or else the newest
+        checkpoint, has.
+        """
         now = _learned_by(self.config)
         begun = _learned_by(load_config(run_yaml, [])) | self._said_of_settings()
-        for key in sorted(now):
-            if begun[key] != now[key]:
-                raise UserError(
-                    f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
-                    "Set it back, or choose another folder for the run."
-                )
+        kept = {key: begun[key] for key in sorted(now) if begun[key] != now[key]}
+        for key in sorted(kept.keys() & self.config.model_fields_set):
+            raise UserError(
+                f"{self.path}: was begun with {key}: {begun[key]}, now it is {now[key]}. "
+                "Set it back, or choose another folder for the run."
+            )
+        if kept:
+            self.config = make_config(self.config.model_dump(mode="json") | kept, str(run_yaml))
+            as_begun = ", ".join(f"{key}: {value}" for key, value in kept.items())
+            self.notes.append(f"{self.config.preset} had other settings then, kept: {as_begun}")
 
     def _said_of_settings(self) -> dict[str, Any]:
         """What the newest checkpoint that says so was made with: its run.yaml may be edited."""
@@ -263,7 +286,7 @@ class RunFolder:
             with suppress(UserError, ValueError, RecursionError):
                 said = json.loads(peek(file)[1].get(SETTINGS_KEY, ""))
                 if isinstance(said, dict):
-                    return said
+                    return as_named_now(said)
         return {}
 
     @property

@@ -18,7 +18,7 @@ from ..method.network import Network
 from ..method.recipe import Recipe
 from ..method.sample import HEUN_STEPS, draw
 from ..method.seeding import generator, randn
-from ..networks.digits import Digits, digits
+from ..networks.digits import Labelled, digits
 
 SAMPLES = 2000
 CHUNK = 500
@@ -110,7 +110,7 @@ def measure_digits(
         progress(completed=number + 1)
     samples = torch.cat(images)
     labels = classes.balanced(CHUNK).to(device).repeat(len(images))
-    data = Digits(*(part.to(device) for part in digits()))
+    data = Labelled(*(part.to(device) for part in digits()))
     numbers = SamplerNumbers(
         nfe=nfe,
         frechet_distance=frechet_distance(samples, data.image),

@@ -65,6 +65,8 @@ def _said_of(file: Path, run: Path) -> str:
             return "whole"
         case ".json":
             return _json(file)
+        case ".html":
+            return _page(file)
         case _:
             return ""
 
@@ -106,4 +108,10 @@ def _json(file: Path) -> str:
         json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: no whole JSON ({error})") from None
+    return "whole"
+
+
+def _page(file: Path) -> str:
+    if not file.read_bytes().endswith(b"</html>\n"):
+        raise UserError(f"{file}: has no end. It is written again when the run goes on")
     return "whole"

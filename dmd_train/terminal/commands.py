@@ -25,7 +25,7 @@ from ..files.read import peek
 from ..files.write import write_atomically, write_latent
 from ..method.network import NETWORK_KEY, Condition
 from ..method.processes import Processes
-from ..method.recipe import RECIPE_KEY
+from ..method.recipe import RECIPE_KEY, read_recipe
 from ..method.sample import draw, step_noise
 from ..networks.load import load, load_teacher, save
 from ..networks.loaded import Loaded
@@ -35,6 +35,7 @@ from ..room import require_memory
 from ..run.export import FOLDERS, Dtype, Form, export
 from ..run.folder import RunFolder, is_run
 from ..run.pixels import grid, is_own_picture, picture, save_picture
+from ..run.report import write_report
 from ..run.sample_sheet import SampleSheet
 from ..run.verify import verify
 from .bar import STOPPED, StopRequest, bar, console, say, told, watch
@@ -84,9 +85,10 @@ def demo(set_: SetOption = None) -> None:
     with _opened(config) as (run, processes):
         _train(run, processes, again=f"{PYTHON} -m dmd_train demo")
         student = load(str(run.student), config.device_object())
-        _evaluate(student, config.seed, run)
+        _evaluate([student], config.seed, run)
         save_picture(run.path / "contact-sheet.png", _contact_sheet(student, run))
         say(" ".join([f"{run.path}/:", *(path.name for path in sorted(run.path.glob("[!.]*")))]))
+        _say_report(write_report(run))
         say("Next:")
         say(_sample_command(run.student))
 
@@ -110,6 +112,7 @@ def train(
         again = [PYTHON, "-m", "dmd_train", "train", str(run_yaml)]
         again += [part for value in set_ or [] for part in ("--set", value)]
         loaded = _train(run, processes, shlex.join(again))
+        _say_report(run.report)
         say(f"{run.path}: finished. Next:")
         say(_export_command(run) if loaded.text else _sample_command(run.student))
 
@@ -126,11 +129,11 @@ def pairs(
     config = _settings(run_yaml, set_)
     with _opened(config) as (run, processes), StopRequest() as stop:
         loaded = _teacher(config, processes)
-        require_possible(config, loaded)
+        require_possible(run.config, loaded)
         with told(stop) as tell:
             conditions = carried_out(make_conditions(run, loaded, processes), tell)
             carried_out(make_run_pairs(run, loaded, conditions, processes), tell)
-        say(f"{run.pairs}: {config.pairs} pairs")
+        say(f"{run.pairs}: {run.config.pairs} pairs")
 
 
 @app.command()
@@ -174,6 +177,9 @@ def export_(
     for note in notes:
         say(note)
     say(f"{path}: put it into {FOLDERS[form]}")
+    recipe = read_recipe(peek(path)[1], str(path))
+    if recipe and recipe.stock:
+        say(f"A stock ComfyUI draws it: {recipe.stock}, an empty latent")
 
 
 @app.command("verify")
@@ -282,11 +288,11 @@ def _pictures(out: Path, count: int) -> list[Path]:
 
 @app.command()
 def evaluate(
-    file: FileArgument,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Students, or a teacher.")],
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Of the fresh samples.")] = 0,
 ) -> None:
-    """Measure a file on 2,000 fresh samples: distance to the data, diversity, speed."""
-    _evaluate(load(str(file), torch.device("cpu")), seed)
+    """Measure files on 2,000 fresh samples: distance to the data, diversity, speed."""
+    _evaluate([load(str(file), torch.device("cpu")) for file in files], seed)
 
 
 @teacher_app.command()
@@ -296,7 +302,7 @@ def digits(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED)] = 0,
 ) -> None:
     """Train the digits teacher from scratch. The same seed gives the same weights."""
-    from ..networks.digits import digits_network, train_digits_teacher
+    from ..networks.digits import digits, digits_network, train_teacher
 
     _require_own(out, lambda file: NETWORK_KEY in peek(file)[1])
     torch.set_num_threads(1)
@@ -304,7 +310,7 @@ def digits(
     teacher = digits_network()
     with bar() as progress:
         task = progress.add_task("teacher", total=steps, note="")
-        for step in train_digits_teacher(teacher, steps, seed):
+        for step in train_teacher(teacher, digits(), steps, seed):
             progress.update(task, completed=step)
     save(out, teacher)
     say(str(out))
@@ -314,7 +320,7 @@ def _settings(run_yaml: Path, overrides: list[str] | None) -> Config:
     """The settings of a run. Raises UserError where it would be written over this file, and where
     the file lies in the folder of another run than it names."""
     config = load_config(run_yaml, overrides or [])
-    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text"))
+    begun = (config.output / name for name in (".lock", "checkpoints", "pairs", "text", "images"))
     is_its_own = (config.output / "run.yaml").resolve() == run_yaml.resolve()
     if is_its_own and not any(path.exists() for path in begun):
         raise UserError(
@@ -378,6 +384,7 @@ def _train(run: RunFolder, processes: Processes, again: str) -> Loaded:
         raise typer.Exit(STOPPED if stopped else 0)
     _draw_curves(run)
     if stopped:
+        _say_report(run.report)
         say(f"{run.path}: stopped and saved. Go on with: {again}")
         stop.exit()
     return loaded
@@ -389,18 +396,25 @@ def _draw_curves(run: RunFolder) -> None:
     save_curves(run.path / "curves.png", run.read_metrics())
 
 
-def _evaluate(loaded: Loaded, seed: int, run: RunFolder | None = None) -> None:
-    """Print the file's numbers, beside its teacher's where that is embedded; keep them in `run`."""
+def _say_report(report: Path) -> None:
+    say(f"{report}: open it in a browser")
+
+
+def _evaluate(files: list[Loaded], seed: int, run: RunFolder | None = None) -> None:
+    """Print the files' numbers beside their teacher's; keep those of the student of `run`."""
     from ..run.metrics import MEASURE_STAGES, measure_digits, save_summary, summary
 
-    if loaded.network.family != DIGITS:
-        raise UserError(
-            f"{loaded.source}: there is no data here to compare family '{loaded.network.family}' "
-            "with. Only digits can be evaluated."
-        )
-    columns = {"teacher": load(DIGITS, loaded.network.device)}
-    if loaded.sha256 != columns["teacher"].sha256:
-        columns["student" if loaded.recipe else "file"] = loaded
+    for loaded in files:
+        if loaded.network.family != DIGITS:
+            raise UserError(
+                f"{loaded.source}: there is no data here to compare family "
+                f"'{loaded.network.family}' with. Only digits can be evaluated."
+            )
+    columns = {"teacher": load(DIGITS, files[0].network.device)}
+    for loaded in files:
+        if loaded.sha256 != columns["teacher"].sha256:
+            kind = "student" if loaded.recipe else "file"
+            columns[kind if len(files) == 1 else f"{len(columns)}. {kind}"] = loaded
     numbers = {}
     with bar() as progress:
         for name, column in columns.items():

@@ -54,11 +54,12 @@ def _duration(seconds: float) -> str:
 
 def numbers_table(columns: "dict[str, SamplerNumbers]") -> Table:
     """Samplers beside each other; two get a column of speed-up."""
+    is_pair = len(columns) == 2
     table = Table(title="2,000 fresh samples, balanced classes")
     table.add_column("")
     for name, numbers in columns.items():
         table.add_column(f"{name} ({numbers.nfe} NFE)", justify="right")
-    if len(columns) > 1:
+    if is_pair:
         table.add_column("speed-up", justify="right")
     lines = [
         ("Fréchet distance to the data", "frechet_distance", "{:.3f}"),
@@ -69,7 +70,7 @@ def numbers_table(columns: "dict[str, SamplerNumbers]") -> Table:
     for title, key, form in lines:
         values = [getattr(numbers, key) for numbers in columns.values()]
         cells = [form.format(value) for value in values]
-        if len(values) > 1:
+        if is_pair:
             cells.append(f"{values[0] / values[1]:.1f}x" if key.startswith("ms") else "")
         table.add_row(title, *cells)
     return table

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from kit.comfy_host import PACK, PACK_NAME, Server
+from kit.workflows import inputs_of, widgets_of
 from PIL import Image
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
@@ -20,27 +21,6 @@ FILE_WIDGETS = ("file", "ckpt_name", "lora_name")
 @pytest.fixture(scope="module")
 def nodes(server: Server) -> dict[str, Any]:
     return server.object_info()
-
-
-def inputs_of(node: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> type (a list: a combo's choices) and options, of one entry of /object_info."""
-    found = {}
-    for kind in ("required", "optional"):
-        for name, (type_, *options) in node["input"].get(kind, {}).items():
-            about = options[0] if options else {}
-            found[name] = (about["options"] if type_ == "COMBO" else type_, about)
-    return found
-
-
-def widgets_of(node: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
-    """Name, type and options of a node's widgets, in the order of `widgets_values`."""
-    widgets: list[tuple[str, Any, dict[str, Any]]] = []
-    for name, (type_, about) in inputs_of(node).items():
-        if isinstance(type_, list) or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN"):
-            widgets.append((name, type_, about))
-            if about.get("control_after_generate", name == "seed"):
-                widgets.append((f"{name}, afterwards", ["fixed", "increment", "randomize"], {}))
-    return widgets
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=NAMES)

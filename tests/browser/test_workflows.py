@@ -17,6 +17,7 @@ from dmd_train.networks.recognise import recognise
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 QUICKSTART = PACK / "workflows/quickstart-digits.json"
+STOCK = "stock-ksampler"
 DIGITS = 10
 RECIPES = {
     "compare-teacher-student": "SDXL, LDM UNet: 1 step at t = 399",
@@ -34,9 +35,9 @@ PICTURES = {
 """Workflow -> sizes of the pictures it writes, when it draws 64 x 64 pixels."""
 LEARNED = {
     "distil-flow-model": "any-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
-    "distil-sd15-lora": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
-    "distil-sdxl-lora": "sdxl-one-step-lora, step 2 of 2: 1 step at t = 399, cfg 1.",
-    "distil-your-look": "sd15-one-step-lora, step 2 of 2: 1 step at t = 999, cfg 1.",
+    "distil-sd15-lora": "sd15-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
+    "distil-sdxl-lora": "sdxl-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
+    "distil-your-look": "sd15-one-step-lora, step 2 of 2: 1 step at t = 499, cfg 1.",
 }
 """Workflow -> what its DMD Distill must say at the end; distil-digits is in test_training.py."""
 
@@ -138,6 +139,22 @@ def test_every_workflow_that_distils_compares_and_saves_with_small_files_and_few
         assert found.recipe and found.recipe.nfe == 1
 
 
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+def test_the_workflow_without_our_nodes_has_none_and_runs_with_the_settings_of_499(
+    page: ComfyPage,
+) -> None:
+    page.load(PACK / f"workflows/{STOCK}.json")
+    prompt = page.api_form()
+    assert not any(node["class_type"].startswith("DMD_") for node in prompt.values())
+    (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler")
+    told = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
+    assert [sampler[key] for key in told] == [1, 1, "lcm", "simple", 0.5]
+    entry = page.server.run(made_small(prompt))
+    pictures = [Image.open(file) for file in page.server.output_files(entry)]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 4
+
+
 def test_no_workflow_is_left_out() -> None:
-    in_other_tests = {QUICKSTART.stem, "distil-digits"}
+    in_other_tests = {QUICKSTART.stem, "distil-digits", STOCK}
     assert {workflow.stem for workflow in WORKFLOWS} == {*RECIPES, *LEARNED, *in_other_tests}

@@ -26,8 +26,11 @@ from kit.graphs import (
     sample,
     unet_of,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmd_train.method.noise import VP
+from dmd_train.method.recipe import Recipe
 from dmd_train.method.sample import sample_heun, sample_student
 from dmd_train.networks.digits import CLASSES
 from dmd_train.networks.load import DIGITS_TEACHER as TEACHER_FILE
@@ -42,6 +45,12 @@ EXACT_EDM = 3e-5
 OFF = 0.1
 """What is wrong is wrong by more than this."""
 CPU = torch.device("cpu")
+STOCK = Recipe(
+    family="sd1",
+    prediction="eps",
+    timesteps=(499,),
+    noise_scale=float(VP.scaled_linear().sigma(torch.tensor([499]))),
+)
 
 
 def load(server: Server, graph: Graph, family: str) -> Node:
@@ -167,6 +176,40 @@ def test_without_our_model_sampling_a_student_of_399_is_off_even_at_the_right_si
     expected = by_lcm_scheduler(server, "sd15", (399,), NO_NOISE)
     assert error(right_sigma, expected) > OFF
     assert error(stock, expected) > OFF
+
+
+def student_of_499(path: Path) -> None:
+    """A file that says it was trained at 499 on noise of sigma_499."""
+    tiny_sd15(path)
+    save_file(load_file(path), path, STOCK.to_metadata("a student", (3, 64, 64)))
+
+
+def test_a_stock_ksampler_without_any_node_of_ours_draws_a_student_of_499_exactly(
+    server: Server,
+) -> None:
+    """As a recipe's `stock` has it; and our loader, which knows the recipe, at denoise 1."""
+    name = put(server, student_of_499)
+    graph, settings = Graph(), STOCK.stock
+    assert settings
+    text, empty = graph.condition("sd15"), graph.empty()
+    stock = graph.add("CheckpointLoaderSimple", ckpt_name=name)
+    ours = graph.add("DMD_LoadCheckpoint", file=f"checkpoints/{name}")
+    sampled = sample(
+        server,
+        graph,
+        *(
+            graph.ksampler(stock, text, empty, sampler=sampler, denoise=settings.denoise)
+            for sampler in ("lcm", "euler", "dpmpp_2m")
+        ),
+        graph.ksampler(ours, text, empty),
+        graph.one_step(ours, text),
+    )
+    unet = unet_of(server.base / "models/checkpoints" / put(server, tiny_sd15))
+    start = STOCK.noise_scale * noise(1, 4, 8, 8)
+    expected = by_diffusers(unet, "sd15", [499], start, NO_NOISE)
+    assert max(error(latent, expected) for latent in sampled) <= 1e-5
+    unscaled = by_diffusers(unet, "sd15", [499], noise(1, 4, 8, 8), NO_NOISE)
+    assert error(unscaled, expected) > OFF
 
 
 def labelled(count: int) -> dict[str, Tensor]:

@@ -92,3 +92,35 @@ def test_a_prompt_that_no_encoder_can_be_told_is_named(server: Server, prompt: s
     told = graph.add("DMD_Prompts", clip=clip, source="the text below", text=f"a fox\n{prompt}")
     graph.add("Probe_SaveConditions", conditioning=told, name="refused")
     assert "the text below: the prompt " in refused(server, graph)
+
+
+def lora(server: Server, file: object) -> str:
+    graph = Graph()
+    model = graph.add("DMD_LoadCheckpoint", file=DIGITS)
+    wire = graph.add("DMD_LoadLoRA", model=model, file=file, strength=1.0)
+    graph.add("PreviewAny", source=wire)
+    return refused(server, graph)
+
+
+@pytest.mark.parametrize("file", ["\x1b[31mred\r\n.safetensors", "../x", 7, "half a \ud800"])
+def test_a_file_that_is_not_there_is_named_as_a_page_may_show_it(
+    server: Server, file: object
+) -> None:
+    """ComfyUI itself names it as it is; over half a character its worker dies."""
+    assert "no such file. Press R" in lora(server, file)
+
+
+@pytest.mark.parametrize("file", [-1, "checkpoints/\x1b[31m", "dmd_students/../../x"])
+def test_a_checkpoint_that_is_not_offered_is_refused(server: Server, file: object) -> None:
+    graph = Graph()
+    graph.add("PreviewAny", source=graph.add("DMD_LoadCheckpoint", file=file))
+    assert "no such file. Press R" in refused(server, graph)
+
+
+@pytest.mark.parametrize("labels", ["0-999999999", "9" * 30, ", ".join(["0-99999"] * 2)])
+def test_labels_beyond_any_model_are_refused_before_they_are_counted(
+    server: Server, labels: str
+) -> None:
+    graph = Graph()
+    graph.add("PreviewAny", source=graph.classes(labels))
+    assert "is too many: classes are below 100000" in refused(server, graph)

@@ -249,6 +249,10 @@ class Server:
     def _last_lines(self) -> str:
         return "\n".join(self.log().splitlines()[-30:])
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def log(self) -> str:
         """Everything that ComfyUI has printed."""
         return self._log_file.read_text(errors="replace") if self._log_file.exists() else ""

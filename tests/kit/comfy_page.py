@@ -174,17 +174,15 @@ class ComfyPage:
         return text
 
     def listen(self) -> None:
-        """Keep what the server says of running nodes from now on: `told` and `previews`."""
+        """Keep what our running nodes say from now on: `told`."""
         self.page.evaluate(
             """() => {
                 const { told } = window
                 window.told = []
-                window.previews = {}
                 if (told) return
                 const { api } = window.app
-                api.addEventListener("progress_text", ({ detail }) => window.told.push(detail.text))
-                api.addEventListener("b_preview_with_metadata", ({ detail }) => {
-                    window.previews[detail.nodeId] = (window.previews[detail.nodeId] ?? 0) + 1
+                api.addEventListener("dmd-one-step.said", ({ detail }) => {
+                    if (detail.text) window.told.push(detail.text)
                 })
             }"""
         )

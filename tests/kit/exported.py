@@ -38,6 +38,9 @@ SHORT = {
     "batch_size": 2,
     "micro_batch_size": 0,
     "critic_updates": 1,
+    "timesteps": [999],
+    "input_noise": "unit",
+    "regression_weight": 0.0,
     "pairs": 2,
     "pair_batch_size": 2,
     "pair_steps": 2,
@@ -50,18 +53,13 @@ SHORT = {
     "gradient_checkpointing": False,
     "cpu_threads": 1,
 }
+WARM = {"regression_warmup_steps": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sd15": {"preset": "sd15-one-step-lora"},
     "sd15-full": {"preset": "sd15-one-step-full", "ema_decay": 0.9},
     "sd2v": {"preset": "sd2-one-step-lora", "guidance": 1.0},
-    "sdxl": {"preset": "sdxl-one-step-lora", "guidance": 1.0, "regression_warmup_steps": 1},
-    "sdxl-999": {
-        "preset": "sdxl-one-step-lora",
-        "guidance": 1.0,
-        "regression_warmup_steps": 1,
-        "conditioning_timestep": 999,
-        "steps": 1,
-    },
+    "sdxl": {"preset": "sdxl-one-step-lora", "guidance": 1.0} | WARM | {"timesteps": [399]},
+    "sdxl-999": {"preset": "sdxl-one-step-lora", "guidance": 1.0} | WARM | {"steps": 1},
 }
 """Run -> its settings beside SHORT. What precedes the dash is the family of its teacher."""
 FAMILY = {"sd15": "sd1", "sd2v": "sd2", "sdxl": "sdxl"}

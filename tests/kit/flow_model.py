@@ -140,26 +140,31 @@ def layer(name: str, out: int, *given: int) -> Shapes:
 def _save(
     path: Path, seed: int, network: Shapes, vae: str, latent_scale: tuple[float, float]
 ) -> None:
-    """Weights that keep the signal's size, and biases and norms that show when one is misplaced."""
     with torch.device("meta"):
         taesd = AutoencoderTiny(latent_channels=CHANNELS)
     shapes = {UNET + key: shape for key, shape in network.items()}
     shapes |= {vae + _taesd_name(k): tuple(v.shape) for k, v in taesd.state_dict().items()}
+    tensors = random_weights(shapes, seed)
+    scale, shift = latent_scale
+    tensors |= {vae + "vae_scale": torch.tensor(scale), vae + "vae_shift": torch.tensor(shift)}
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, path)
+
+
+def random_weights(shapes: Shapes, seed: int) -> dict[str, Tensor]:
+    """Weights that keep the signal's size, and biases and norms that show when one is misplaced."""
     random = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, shape in shapes.items():
         noise = (torch.rand(shape, generator=random) - 0.5) * math.sqrt(12)  # variance 1
         if key.endswith("bias"):
             tensors[key] = 0.05 * noise
-        elif len(shape) == 1:  # the scale of a norm
+        elif len(shape) == 1 or key.endswith("gamma"):  # the scale of a norm
             tensors[key] = 1 + 0.1 * noise
         elif key.endswith("pos_embed"):  # of the size of sines and cosines
             tensors[key] = noise / math.sqrt(2)
         else:
             tensors[key] = noise / math.sqrt(math.prod(shape[1:]))
-    scale, shift = latent_scale
-    tensors |= {vae + "vae_scale": torch.tensor(scale), vae + "vae_shift": torch.tensor(shift)}
-    save_file({key: tensor.half() for key, tensor in tensors.items()}, path)
+    return tensors
 
 
 def text_condition(graph: Graph, family: str, seed: int = SEED) -> Node:

@@ -1,198 +1,78 @@
 """Bad input by the thousand, from a seed. Each ends in one line and exit 2, or in what was asked.
 
     PYTHONPATH=.:tests python tests/kit/fuzz.py --seed 0 --count 1000
+    PYTHONPATH=.:tests python tests/kit/fuzz.py --seed 0 --count 300 --kinds nodes workflows
 
-Prints a line for each input that ended in another way, and the counts. The engine is imported once;
-an input then costs a fork. It has a folder of its own beside others that it must leave alone.
-`kit/hostile.py` makes the inputs.
+Prints a line for each input that ended in another way, and the counts. On the command line the
+engine is imported once; an input then costs a fork. It has a folder of its own beside others that
+it must leave alone. Nodes and workflows are tried in a real ComfyUI, workflows through its page.
+`kit/hostile/` makes the inputs.
 """
 
 import argparse
 import collections
-import hashlib
+import contextlib
 import json
-import os
-import re
-import resource
 import shutil
-import signal
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from random import Random
-from typing import NamedTuple
 
-SECONDS = 20
-"""Of one processor, that an input may take."""
-PATIENCE = 40
-"""Seconds by the clock, for what hangs without computing: others compute on this machine too."""
-MEMORY = 2 << 30
-"""Bytes in memory, that an input may take; the engine and torch are in them."""
-LONGEST = 2000
-"""Characters of a line on stderr, paths and all."""
+from kit import command_attempt, hostile
+from kit.canvas_attempt import CANVAS, on_the_canvas
+from kit.outcome import Outcome
 
-PROOF = "executed"
-"""A file of this name is what hostile code would leave."""
+Try = Callable[[int], Outcome]
+"""The input of this number."""
 
 
-@dataclass
-class Attempt:
-    """An input and what it may leave. check: more to ask after a success, None where it is well."""
+@contextmanager
+def on_the_command_line(seed: int, keep: bool) -> Iterator[dict[str, Try]]:
+    """By kind. keep: the folder of an input, in the working directory."""
+    with tempfile.TemporaryDirectory() as name:
+        makers = hostile.makers(Path(name) / "models")
 
-    arguments: list[str]
-    leaves: tuple[str, ...] = ()
-    check: Callable[[Path], str | None] = field(default=lambda folder: None)
+        def tried(kind: str, number: int) -> Outcome:
+            room = Path(name) / "room"
+            room.mkdir()
+            outcome = command_attempt.tried(kind, makers[kind], seed, number, room)
+            if keep:
+                shutil.copytree(room, f"fuzz-{kind}-{number}", symlinks=True)
+            shutil.rmtree(room)
+            return outcome
 
-
-class Outcome(NamedTuple):
-    """How an input ended. wrong: in one phrase, None where it ended as it must."""
-
-    kind: str
-    number: int
-    wrong: str | None
-    code: int
-    seconds: float
-    said: str
-    arguments: list[str]
-
-
-Maker = Callable[[Random, Path], Attempt]
-"""Puts an input's files into an empty folder."""
-
-
-def tried(kind: str, make: Maker, seed: int, number: int, room: Path) -> Outcome:
-    """Input `number` of a kind, in a process of its own. room: an empty folder."""
-    here, there = room / "here", room / "there"
-    for folder in (here, there, room / "tmp"):
-        folder.mkdir()
-    (there / "thesis.txt").write_text("years of work")
-    attempt = make(Random(f"{seed} {kind} {number}"), here)
-    before = _contents(room)
-    code, seconds, memory = _forked(attempt.arguments, here)
-    said, out = (_text(room / name) for name in ("stderr", "stdout"))
-    after = _contents(room)
-    wrong = _wrong(code, seconds, memory, said, out) or _harm(code, before, after, attempt.leaves)
-    if wrong is None and code == 0:
-        wrong = attempt.check(here)
-    return Outcome(kind, number, wrong, code, seconds, said, attempt.arguments)
-
-
-def _forked(arguments: list[str], folder: Path) -> tuple[int, float, int]:
-    """Exit code (negative: of a signal), CPU seconds and peak bytes of `dmd_train arguments`."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        _become(arguments, folder)
-    _, status, usage = os.wait4(child, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
-
-
-def _become(arguments: list[str], folder: Path) -> None:
-    """The command in this process, which ends here."""
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        handle = os.open(folder.parent / name, os.O_CREAT | os.O_WRONLY)
-        os.dup2(handle, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(folder)
-    os.environ["TMPDIR"] = str(folder.parent / "tmp")
-    tempfile.tempdir = None
-    signal.alarm(PATIENCE)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # beyond what is asked, so that this machine lives on; a mapped file counts here, not there
-    own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (own + 3 * MEMORY, own + 3 * MEMORY))
-    code = 1
-    try:
-        sys.argv = ["dmd_train", *arguments]
-        from dmd_train.terminal.commands import main
-
-        main(arguments)
-        code = 0
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _wrong(code: int, seconds: float, memory: int, said: str, out: str) -> str | None:
-    """What is wrong with how it ended, None where nothing is."""
-    if code in (-signal.SIGALRM, -signal.SIGXCPU) or seconds > SECONDS:
-        return "hangs"
-    if memory > MEMORY:
-        return f"{memory / 2**30:.1f} GB"
-    if "Traceback" in said + out:
-        return "traceback"
-    if code not in (0, 2):
-        return f"exit {code}"
-    if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said + out):
-        return "control characters"
-    if code == 2 and len(said.strip().splitlines()) != 1:
-        return f"{len(said.strip().splitlines())} lines"
-    if max(map(len, said.splitlines()), default=0) > LONGEST:
-        return f"a line of {max(map(len, said.splitlines()))} characters"
-    return None
-
-
-def _harm(
-    code: int, before: dict[str, str], after: dict[str, str], leaves: tuple[str, ...]
-) -> str | None:
-    """What it did to files that are not its own, None where nothing."""
-    if any(name.endswith(PROOF) for name in after):
-        return "executed"
-    allowed = tuple(f"here/{name}" for name in leaves)
-    own = ("stdout", "stderr", "tmp/")
-    for name in before.keys() | after.keys():
-        if name.startswith(own) or before.get(name) == after.get(name):
-            continue
-        if not name.startswith(allowed or "/"):
-            return f"{'changed' if name in before else 'left'} {name}"
-    return None
-
-
-def _contents(room: Path) -> dict[str, str]:
-    """Every file below, by its name, and what is in it."""
-    found = {}
-    for path in room.rglob("*"):
-        if path.is_symlink() or (not path.is_file() and not path.is_dir()):
-            found[str(path.relative_to(room))] = "special"
-        elif path.is_file() and path.parent != room:
-            found[str(path.relative_to(room))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+        yield {kind: partial(tried, kind) for kind in makers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000, help="inputs, over all kinds")
-    parser.add_argument("--kinds", nargs="*", help="left out: all")
+    parser.add_argument(
+        "--kinds", nargs="*", help=f"left out: all but {' and '.join(CANVAS)}", default=[]
+    )
     parser.add_argument("--only", type=int, help="this number alone; its folder is kept")
     parser.add_argument("--out", type=Path, help="a line of JSON for each outcome")
     arguments = parser.parse_args()
-    from kit import hostile
-
-    with tempfile.TemporaryDirectory() as name:
-        makers = hostile.makers(Path(name) / "models")
-        kinds = arguments.kinds or list(makers)
+    with contextlib.ExitStack() as open_until_the_end:
+        tries: dict[str, Try] = {}
+        if not arguments.kinds or set(arguments.kinds) - set(CANVAS):
+            keep = arguments.only is not None
+            commands = on_the_command_line(arguments.seed, keep)
+            tries |= open_until_the_end.enter_context(commands)
+        if set(arguments.kinds) & set(CANVAS):
+            canvas = on_the_canvas(arguments.seed, set(arguments.kinds))
+            tries |= open_until_the_end.enter_context(canvas)
+        kinds = arguments.kinds or list(tries)
         each = range(-(-arguments.count // len(kinds)))
         if arguments.only is not None:
             each = range(arguments.only, arguments.only + 1)
         outcomes = []
         for kind in kinds:
             for number in each:
-                room = Path(name) / "room"
-                room.mkdir()
-                outcome = tried(kind, makers[kind], arguments.seed, number, room)
+                outcome = tries[kind](number)
                 outcomes.append(outcome)
                 if arguments.out:
                     with arguments.out.open("a") as file:
@@ -200,9 +80,6 @@ def main() -> None:
                 if outcome.wrong or arguments.only is not None:
                     print(kind, number, outcome.wrong, "|", *outcome.arguments, "|", flush=True)
                     print("   ", outcome.said.strip()[-600:].replace("\n", "\n    "), flush=True)
-                if arguments.only is not None:
-                    shutil.copytree(room, f"fuzz-{kind}-{number}", symlinks=True)
-                shutil.rmtree(room)
     for kind in kinds:
         own = [outcome for outcome in outcomes if outcome.kind == kind]
         ways = collections.Counter(outcome.wrong for outcome in own if outcome.wrong)

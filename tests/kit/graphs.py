@@ -76,6 +76,7 @@ class Graph(dict[str, Any]):
         negative: Node | None = None,
         cfg: float = 1.0,
         seed: int = SEED,
+        denoise: float = 1.0,
     ) -> Node:
         """The stock KSampler."""
         return self.add(
@@ -89,7 +90,7 @@ class Graph(dict[str, Any]):
             cfg=cfg,
             sampler_name=sampler,
             scheduler=scheduler,
-            denoise=1.0,
+            denoise=denoise,
         )
 
     def one_step(

@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "critic_updates": 1,
     "lora_rank": 2,
     "gradient_checkpointing": False,
+    "regression_weight": 0.0,
     "pairs": 3,
     "pair_batch_size": 1,
     "pair_steps": 2,

@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "steps": 2,
         "resolution": 64,
         "rank": 4,
-        "advanced": "batch_size: 2\ncritic_updates: 1\npair_steps: 2",
+        "advanced": "batch_size: 1\ncritic_updates: 1\npairs: 2\npair_steps: 2",
     },
     "DMD_Compare": {"count": 2, "teacher_steps": 2, "width": 64, "height": 64},
 }
@@ -49,6 +49,7 @@ def put_files(models: Path) -> None:
         ("dmd2_sdxl_4step_lora_fp16", SDXL, 0),
         ("my-style", SD15, 1),
         ("my-character", SD15, 2),
+        ("student-lora", SD15, 3),
     ]:
         lora = kohya(lora_of(as_diffusers_unet(checkpoints / base), rank=2, seed=seed), alpha=8.0)
         save_file(lora, loras / f"{name}.safetensors")

@@ -127,6 +127,7 @@ def edm_mlp(
         classes=classes,
         sigma_data=sigma_data,
         license="none",
+        middle="hidden.0",
     )
 
 

@@ -21,7 +21,7 @@ from dmd_train.method.roles import Roles, three_networks, two_adapters
 from dmd_train.networks.stable_diffusion import StableDiffusion
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(family="sd1", prediction="eps", timesteps=(999,), noise_scale=1.0)
+RECIPE = Recipe(family="sd1", prediction="eps", timesteps=(699, 349), noise_scale=1.0)
 NAMES = ("teacher", "critic", "student")
 
 

@@ -1,8 +1,5 @@
 """Full training with every network spread over the processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,8 @@ import yaml
 from kit.command_line import Command
 from kit.tiny import config
 from kit.tiny_sd import tiny_sd
+from kit.two_processes import in_two_processes
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,10 +28,13 @@ RUN = {
     "batch_size": 2,
     "micro_batch_size": 1,
     "critic_updates": 1,
+    "timesteps": [999, 499],
     "warmup_steps": 0,
     "pair_steps": 2,
     "checkpoint_every": 1,
     "sample_every": 2,
+    "images": "own",
+    "adversarial_weight": 1.0,
 }
 
 
@@ -41,22 +43,20 @@ def flat(path: Path) -> Tensor:
     return torch.cat([weights[key].flatten().double() for key in sorted(weights)])
 
 
-def sharded() -> subprocess.CompletedProcess[str]:
-    """Two processes as `accelerate launch --use_fsdp` starts them."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
-    command = [*launch, "-m", "dmd_train", "train", "run.yaml"]
-    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
-
-
 @pytest.mark.long
 def test_two_processes_with_sharded_networks_give_the_weights_and_state_of_one(
     dmd: Command, tmp_path: Path
 ) -> None:
+    for number, colour in enumerate(("red", "white")):  # the head is spread, too
+        picture = Image.new("RGB", (64, 64), colour)
+        Path("own").mkdir(exist_ok=True)
+        picture.save(f"own/{number}.png")
+        Path(f"own/{number}.txt").write_text(f"a {colour} square")
     Path("prompts.txt").write_text("a red seven on blue\na green circle on black\n")
     Path("run.yaml").write_text(yaml.safe_dump(RUN | {"output": "two"}))
-    two = sharded()
-    assert two.returncode == 0, two.stderr
+    # as `accelerate launch --use_fsdp` starts them
+    code, output = in_two_processes(Path("said"), "train", "run.yaml", ACCELERATE_USE_FSDP="true")
+    assert code == 0, output
     assert dmd("train", "run.yaml", "--set", "output=one").code == 0
     for file in ("student.safetensors", "checkpoints/step-00000002.safetensors"):
         one, other = flat(Path("one", file)), flat(Path("two", file))

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.tiny import config, recipe
+from kit.tiny import config, gaussian, recipe
 from pydantic import ValidationError
 
 from dmd_train.errors import UserError
 from dmd_train.files.read import read_safetensors
-from dmd_train.method.recipe import RECIPE_KEY, Recipe, read_recipe
+from dmd_train.method.noise import VP
+from dmd_train.method.recipe import RECIPE_KEY, Recipe, StockSettings, read_recipe
 from dmd_train.networks.edm_unet import edm_unet
 from dmd_train.networks.load import load
-from dmd_train.networks.loaded import one_step_recipe
+from dmd_train.networks.loaded import Loaded, student_recipe
 from dmd_train.run.student import write_student
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def test_a_recipe_read_from_its_own_metadata_is_the_same_recipe(plan: Recipe) ->
 
 def test_a_recipe_survives_the_file_itself(tmp_path: Path) -> None:
     teacher = load("digits", CPU)
-    plan = one_step_recipe(teacher, config(guidance=2.0))
+    plan = student_recipe(teacher, config(guidance=2.0))
     write_student(tmp_path / "student.safetensors", teacher.network, plan)
     loaded = load(str(tmp_path / "student.safetensors"), CPU)
     assert loaded.recipe == plan
@@ -46,9 +47,9 @@ def test_a_recipe_survives_the_file_itself(tmp_path: Path) -> None:
         assert torch.equal(loaded.network.module.state_dict()[key], value)
 
 
-def test_a_one_step_recipe_is_conditioned_at_the_last_timestep_with_the_teachers_noise() -> None:
+def test_a_student_recipe_is_conditioned_at_the_last_timestep_with_the_teachers_noise() -> None:
     teacher = load("digits", CPU)
-    plan = one_step_recipe(teacher, config(guidance=2.0))
+    plan = student_recipe(teacher, config(guidance=2.0))
     assert (plan.timesteps, plan.nfe, plan.noise_scale) == ((999,), 1, 80.0)
     assert plan.baked_guidance == 2.0
     assert plan.teacher_sha256 == teacher.sha256
@@ -145,3 +146,49 @@ SMALL_UNET = {
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
+
+
+def sigma(t: int) -> float:
+    return float(VP.scaled_linear().sigma(torch.tensor([t])))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "noise_scale", "settings"),
+    [
+        ((499,), sigma(499), StockSettings(1, "lcm", 0.5)),
+        ((333,), sigma(333), StockSettings(1, "lcm", 0.33)),
+        ((249,), sigma(249), StockSettings(1, "lcm", 0.25)),
+        ((499, 249), sigma(499), StockSettings(2, "lcm", 0.5)),
+        ((999,), 1.0, StockSettings(1, "lcm", 1.0)),
+        (FOUR, 1.0, StockSettings(4, "lcm", 1.0)),
+        ((499,), 1.0, None),
+        ((499,), sigma(498), None),
+        ((399,), sigma(399), None),
+        ((999,), sigma(999), None),
+        ((999, 749, 499), 1.0, None),
+    ],
+)
+def test_a_recipe_knows_the_stock_settings_that_draw_it(
+    timesteps: tuple[int, ...], noise_scale: float, settings: StockSettings | None
+) -> None:
+    own = recipe(prediction="eps", timesteps=timesteps, noise_scale=noise_scale)
+    assert own.stock == settings
+    hint = own.to_metadata("a title", (3, 8, 16))["modelspec.usage_hint"]
+    assert hint.endswith("cfg 1" if settings is None else f"; in a stock ComfyUI {settings}")
+
+
+def test_a_deterministic_recipe_is_for_the_stock_euler() -> None:
+    own = recipe(prediction="eps", timesteps=FOUR, noise_scale=1.0, sampler="deterministic")
+    assert own.stock == StockSettings(4, "euler", 1.0)
+
+
+def test_a_class_conditional_recipe_needs_a_node_and_a_flows_does_not() -> None:
+    assert recipe().stock is None
+    assert recipe(prediction="flow", noise_scale=1.0).stock == StockSettings(1, "lcm", 1.0)
+
+
+def test_input_noise_sigma_is_that_of_the_conditioning_timestep() -> None:
+    teacher = Loaded(gaussian(0, 1, noise=VP.scaled_linear()), None, "a teacher", "")
+    scaled = config(conditioning_timestep=499, input_noise="sigma")
+    assert student_recipe(teacher, scaled).noise_scale == sigma(499)
+    assert student_recipe(teacher, config(conditioning_timestep=499)).noise_scale == 1.0

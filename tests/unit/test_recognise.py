@@ -181,6 +181,12 @@ def test_a_licence_in_the_metadata_of_a_foreign_file_is_shown(tmp_path: Path) ->
     assert found_in(path).summary().endswith("licence OpenRAIL++-M")
 
 
+def test_what_a_licence_would_do_to_a_terminal_is_written_out(tmp_path: Path) -> None:
+    metadata = {"modelspec.license": "\x1b[31mMIT\x07"}
+    path = write(tmp_path / "a.safetensors", publishers.diffusers_unet("sdxl"), metadata)
+    assert found_in(path).summary().endswith(r"licence \x1b[31mMIT\x07")
+
+
 def flow_recipe(family: str = "SD3") -> Recipe:
     """A recipe of a student made in ComfyUI, of a family that ComfyUI alone has."""
     return recipe(family=family, prediction="flow", noise_scale=1.0, license="MIT")

@@ -344,21 +344,21 @@ def test_gradients_until_an_update_add_up() -> None:
 
 def test_the_learning_rate_warms_up_linearly_then_stays() -> None:
     trained, _ = learner(learning_rate=2.0, warmup_steps=4, schedule="constant")
-    rates = [trained.learning_rate(step) for step in range(6)]
+    rates = [trained.config.rate(step) for step in range(6)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
 
 
 def test_without_warm_up_the_first_update_has_the_full_learning_rate() -> None:
     trained, _ = learner(learning_rate=2.0, warmup_steps=0, schedule="constant")
-    assert trained.learning_rate(0) == 2.0
+    assert trained.config.rate(0) == 2.0
 
 
 def test_a_cosine_ends_near_zero_and_passes_half_at_the_middle() -> None:
     trained, _ = learner(learning_rate=2.0, warmup_steps=0, schedule="cosine", steps=100)
-    assert trained.learning_rate(0) == 2.0
-    assert trained.learning_rate(25) == pytest.approx(1 + math.cos(math.pi / 4))
-    assert trained.learning_rate(50) == pytest.approx(1.0)
-    assert 0 < trained.learning_rate(99) < 1e-3
+    assert trained.config.rate(0) == 2.0
+    assert trained.config.rate(25) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert trained.config.rate(50) == pytest.approx(1.0)
+    assert 0 < trained.config.rate(99) < 1e-3
 
 
 def test_the_optimiser_moves_by_the_learning_rate_of_the_step_it_is_told() -> None:

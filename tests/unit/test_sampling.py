@@ -67,7 +67,7 @@ def test_the_noise_of_each_step_is_another() -> None:
 
 def test_too_few_or_too_many_noises_for_the_recipe_are_an_error() -> None:
     for count in (3, 5):
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(ValueError, match="noises for 4 steps"):
             sample_student(edm_mlp(SHAPE), recipe(timesteps=FOUR), labels(6), noises(count))
 
 

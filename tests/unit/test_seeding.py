@@ -19,6 +19,7 @@ from dmd_train.method.seeding import generator, randn
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 2)
+TWO_STEPS = recipe(timesteps=(999, 499))
 
 
 def numbers(*stream: int | str) -> Tensor:
@@ -131,7 +132,7 @@ def drawn(
         weight_decay=0,
         micro_batch_size=micro_batch,
     )
-    state = Distillation(three_networks(edm_mlp(SHAPE)), recipe(), Classes(3), settings)
+    state = Distillation(three_networks(edm_mlp(SHAPE)), TWO_STEPS, Classes(3), settings)
     state.processes = process or state.processes
     for before in range(step - history, step):
         state.iteration(before, None)
@@ -195,7 +196,7 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
 
     def fresh() -> Distillation:
         settings = config(ema_decay=0.9, warmup_steps=4, schedule="cosine")
-        return Distillation(three_networks(edm_mlp(SHAPE)), recipe(), Classes(3), settings)
+        return Distillation(three_networks(edm_mlp(SHAPE)), TWO_STEPS, Classes(3), settings)
 
     whole = fresh()
     for step in range(6):

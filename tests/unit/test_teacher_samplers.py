@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmd_train.errors import UserError
 from dmd_train.method.network import Condition
-from dmd_train.method.noise import Flow, Prediction
+from dmd_train.method.noise import EDM, Flow, Prediction
 from dmd_train.method.sample import draw, sample_euler, sample_teacher
 from dmd_train.networks.stable_diffusion import StableDiffusion
 
@@ -68,7 +68,8 @@ def test_a_named_sampler_is_diffusers_with_guidance(sampler: str, prediction: Pr
 
 
 def test_a_sampler_that_a_network_has_not_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="pair_sampler: pndm: tiny networks have heun alone"):
+    says = "pair_sampler: pndm: tiny networks have euler and heun alone"
+    with pytest.raises(UserError, match=says):
         sample_teacher(edm_mlp(), torch.zeros(1, 2, 3, 2), labels(1), "pndm", 4, 1.0)
 
 
@@ -127,6 +128,24 @@ def test_euler_follows_the_exact_flow_of_gaussian_data_with_first_order() -> Non
 
     assert error(28) < 0.2
     assert error(100) / error(200) == pytest.approx(2, rel=0.1)
+
+
+def test_euler_of_edm_follows_the_exact_flow_of_gaussian_data_too_and_ends_at_x0() -> None:
+    """x0 ~ N(m, s^2): (x_sigma - m) / sqrt(s^2 + sigma^2) stays what it is at sigma = 80."""
+    z = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = 0.3 + 0.5 * (80 * z - 0.3) / (0.5**2 + 80**2) ** 0.5
+
+    def error(steps: int) -> float:
+        teacher = gaussian(0.3, 0.5, noise=EDM())
+        sampled = sample_teacher(teacher, z, labels(64), "euler", steps, 1.0)
+        return (sampled - exact).abs().max().item()
+
+    assert error(100) / error(200) == pytest.approx(2, rel=0.1)
+    teacher = Recorded(gaussian(0.3, 0.5, noise=EDM()))
+    sampled = sample_euler(teacher, z, labels(64), 1, 1.0)
+    assert torch.equal(
+        sampled, teacher.network.predict_x0(80 * z, torch.full((64,), 999), labels(64))
+    )
 
 
 def test_a_flow_teacher_is_drawn_by_28_euler_steps_at_guidance_4_and_a_half() -> None:

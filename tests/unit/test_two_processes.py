@@ -12,6 +12,7 @@ from kit.command_line import WriteRun, one_line
 from kit.runs import apart, metrics, state
 from kit.sd_files import COLOURED_DIGITS
 from kit.sd_runs import LEARNS
+from kit.two_processes import in_two_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,9 +39,8 @@ def test_two_processes_give_the_weights_of_one(
     else:
         settings = {"teacher": str(COLOURED_DIGITS), "batch_size": 2, "pair_batch_size": 2}
         run_yaml = write_sd_run(**settings, regression_weight=0.25, sample_every=3, **LEARNS)
-    process = start_two(run_yaml)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    code, output = in_two_processes(tmp_path / "said", "train", run_yaml)
+    assert code == 0, output
     assert one_line(output).count("finished. Next:") == 1  # said by one of them
     run = tmp_path / "run"
     two, rows = state(run), metrics(run)

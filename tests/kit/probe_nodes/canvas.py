@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -24,6 +27,7 @@ class PredictX0:
     """mu(x_t, t, condition) of input/NAME.safetensors (x_t, t, row), its gradients, the pictures.
 
     settings: YAML over the preset. The gradients are those of mu's sum with respect to x_t.
+    images: also what real images need, the pictures encoded again and the middle's features.
     """
 
     CATEGORY = "probe"
@@ -40,7 +44,11 @@ class PredictX0:
                 "name": ("STRING", {"default": ""}),
                 "settings": ("STRING", {"default": "", "multiline": True}),
             },
-            "optional": {"negative": ("CONDITIONING",), "vae": ("VAE",)},
+            "optional": {
+                "negative": ("CONDITIONING",),
+                "vae": ("VAE",),
+                "images": ("BOOLEAN", {"default": False}),
+            },
         }
 
     def predict(
@@ -51,6 +59,7 @@ class PredictX0:
         settings: str,
         negative: Any = None,
         vae: Any = None,
+        images: bool = False,
     ) -> dict[str, Any]:
         from folder_paths import get_input_directory, get_output_directory
 
@@ -68,10 +77,122 @@ class PredictX0:
             mu = network.predict_x0(x_t, given["t"].clone(), {"row": given["row"].clone()})
             mu.sum().backward()
             found = {"mu": mu.detach(), "gradient": x_t.grad, "image": network.to_images(mu)}
+            if images:
+                found["encoded"] = network.encode(found["image"])
+                found["features"] = network.features(x_t, given["t"], {"row": given["row"]})
+                found["features"] = found["features"].detach()
         whole = {key: value.clone().float().contiguous() for key, value in found.items()}
         save_file(whole, Path(get_output_directory(), f"{Path(name).name}.safetensors"))
         told = [network.family, network.prediction, *map(str, network.shape)]
         return {"ui": {"text": told}}
+
+
+class ApplyModel:
+    """ComfyUI's own estimate of x0 of input/NAME.safetensors (x: one batch; sigma: (B,)).
+
+    As its samplers ask for it, one sample at a time, in the MODEL's axes.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "conditions": ("CONDITIONING",),
+                "name": ("STRING", {"default": ""}),
+            }
+        }
+
+    def apply(self, model: Any, conditions: Any, name: str) -> dict[str, Any]:
+        import comfy.samplers
+        from folder_paths import get_input_directory, get_output_directory
+
+        given = load_file(Path(get_input_directory(), f"{Path(name).name}.safetensors"))
+        found = []
+
+        def look(denoise: Any, _x: Any, _sigmas: Any, extra_args: Any, **_: Any) -> torch.Tensor:
+            for x, sigma in zip(given["x"].split(1), given["sigma"].split(1), strict=True):
+                found.append(denoise(x, sigma, **extra_args))
+            return found[-1]
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditions, conditions)
+        guider.set_cfg(1.0)
+        empty = torch.zeros_like(given["x"][:1])
+        levels = torch.tensor([1.0, 0.0])
+        guider.sample(empty, empty, comfy.samplers.KSAMPLER(look), levels, disable_pbar=True)
+        file = Path(get_output_directory(), f"{Path(name).name}.safetensors")
+        save_file({"x0": torch.cat(found).clone()}, file)
+        return {}
+
+
+class LoadNarrow:
+    """Load Checkpoint, where ComfyUI knows an architecture by its published width alone.
+
+    config: what it then takes for granted, as JSON.
+    """
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "ckpt_name": ("STRING", {"default": ""}),
+                "config": ("STRING", {"default": "{}"}),
+            }
+        }
+
+    def load(self, ckpt_name: str, config: str) -> tuple[Any, ...]:
+        import comfy.model_detection
+        import comfy.sd
+        from folder_paths import get_full_path_or_raise
+
+        detect = comfy.model_detection.detect_unet_config
+
+        def narrow(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            return detect(*args, **kwargs) | json.loads(config)
+
+        path = get_full_path_or_raise("checkpoints", ckpt_name)
+        with mock.patch.object(comfy.model_detection, "detect_unet_config", narrow):
+            return tuple(comfy.sd.load_checkpoint_guess_config(path)[:3])
+
+
+class PreviewColours:
+    """How many levels of 255 our colours of random latents are from ComfyUI's own previews."""
+
+    CATEGORY = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "compare"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"latent_format": ("STRING", {"default": "SD15"})}}
+
+    def compare(self, latent_format: str) -> dict[str, Any]:
+        import comfy.latent_formats
+        from latent_preview import Latent2RGBPreviewer
+
+        kind = getattr(comfy.latent_formats, latent_format)()
+        random = torch.Generator().manual_seed(0)
+        x0 = torch.randn(1, kind.latent_channels, 4, 6, generator=random)
+        latents = pack("nodes.latents")
+        colours = latents.preview_colours(kind, x0)[0]
+        previewer = Latent2RGBPreviewer(
+            kind.latent_rgb_factors, kind.latent_rgb_factors_bias, kind.latent_rgb_factors_reshape
+        )
+        preview = previewer.decode_latent_to_preview(latents.as_latent(kind, x0))
+        ours = (colours + 1) / 2 * 255
+        theirs = torch.from_numpy(np.array(preview)).movedim(-1, 0).float()
+        return {"ui": {"text": [str(float((ours - theirs).abs().max())), str(preview.size)]}}
 
 
 class Weights:
@@ -236,6 +357,9 @@ NODES = {
     "Probe_SmallDevice": SmallDevice,
     "Probe_Prompts": Prompts,
     "Probe_PredictX0": PredictX0,
+    "Probe_ApplyModel": ApplyModel,
+    "Probe_LoadNarrow": LoadNarrow,
+    "Probe_PreviewColours": PreviewColours,
     "Probe_Weights": Weights,
     "Probe_Memory": Memory,
     "Probe_OutOfMemory": OutOfMemory,
