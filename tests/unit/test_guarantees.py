@@ -149,10 +149,11 @@ def another(key: str, value: Any) -> Any:
             return value / 2 or 0.5
         case int():
             return value - 64 if value > 64 else value + 64
+        case tuple():
+            return tuple(another(key, part) for part in value)
         case _:
-            named = dict.fromkeys(("teacher", "prompts", "decoder", "images"), "x")
-            named |= {"preset": "sd15-paper", "timesteps": (399,)}
-            choices = Config.model_json_schema()["properties"][key].get("enum", [named.get(key)])
+            paths = ["sd15-paper" if key == "preset" else "x"]
+            choices = Config.model_json_schema()["properties"][key].get("enum", paths)
             return next(choice for choice in choices if choice != value)
 
 

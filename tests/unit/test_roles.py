@@ -296,7 +296,8 @@ def update(trained: Learner, loss: Tensor, step: int = 0) -> tuple[float, float]
     followed: list[Tensor] = []
 
     def note(*_: object) -> None:
-        followed.append(nn.utils.get_total_norm([p.grad for p in trained.parameters.values()]))
+        gradients = [p.grad.flatten() for p in trained.parameters.values() if p.grad is not None]
+        followed.append(torch.cat(gradients).norm())
 
     hook = trained.optimizer.register_step_pre_hook(note)
     loss.backward()
