@@ -64,6 +64,7 @@ THREADS = 1024
 LATER = {
     *("beta1", "input_noise", "sampler"),
     *("images", "captions", "flip_images", "adversarial_weight", "critic_adversarial_weight"),
+    *("adversarial_t_min", "adversarial_t_max"),
 }
 """Settings that the first runs did not have: at their defaults they do what those did."""
 
@@ -182,6 +183,12 @@ class Config(BaseModel):
     critic_adversarial_weight: float = Field(
         1e-2, ge=0, le=1e6, description="of the adversarial objective, for the critic"
     )
+    adversarial_t_min: int = Field(
+        0, ge=0, lt=TIMESTEPS, description="least timestep at which images and samples are told"
+    )
+    adversarial_t_max: int = Field(
+        TIMESTEPS - 1, ge=0, lt=TIMESTEPS, description="greatest of these timesteps"
+    )
 
     checkpoint_every: int = Field(ge=1, le=NEVER, description="student updates between checkpoints")
     sample_every: int = Field(ge=1, le=NEVER, description="student updates between pictures")
@@ -277,8 +284,10 @@ def make_config(values: dict[str, Any], source: str) -> Config:
         given = "" if first["type"] == "missing" else f" (given: {shown(first['input'])})"
         said = first["msg"].removeprefix("Value error, ").lower()
         raise UserError(f"{source}: {key}: {said}{given}") from None
-    if config.t_min > config.t_max:
-        raise UserError(f"{source}: t_min ({config.t_min}) is above t_max ({config.t_max}).")
+    for kind in ("", "adversarial_"):
+        low, high = (getattr(config, f"{kind}t_{end}") for end in ("min", "max"))
+        if low > high:
+            raise UserError(f"{source}: {kind}t_min ({low}) is above {kind}t_max ({high}).")
     if config.resolution % 64:
         raise UserError(f"{source}: resolution: {config.resolution} is no multiple of 64.")
     return Config.model_construct(set(values), **dict(config))

@@ -71,7 +71,10 @@ class Distillation:
         self.images, self.adversarial = images, None
         if images is not None:
             any_one = conditions.take(torch.tensor([0]), self.device)
-            critic, self.adversarial = with_head(roles.critic, any_one, config.seed, self.processes)
+            critic, head = with_head(roles.critic, any_one, config.seed, self.processes)
+            self.adversarial = Adversarial(
+                critic.network, head, config.adversarial_t_min, config.adversarial_t_max
+            )
             roles = replace(roles, critic=critic)
         self.roles, self.recipe, self.conditions, self.config = roles, recipe, conditions, config
         self.distance = distance

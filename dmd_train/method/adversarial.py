@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .network import Condition, Network
+from .noise import TIMESTEPS
 from .objectives import draw_timesteps
 from .processes import Processes
 from .roles import Role
@@ -60,15 +61,17 @@ class Adversarial:
     """Logistic, non-saturating (DMD2 4.3 as its code has it): with D the logit of a noised sample,
 
     critic and head: mean softplus(D(fake)) + mean softplus(-D(real)); student: mean softplus(-D).
-    Timesteps over the full range, without guidance.
+    Timesteps are t_min..t_max, both included: DMD2 has all of them. Without guidance.
     """
 
     critic: Network
     head: nn.Module
+    t_min: int = 0
+    t_max: int = TIMESTEPS - 1
 
     def draw(self, shape: torch.Size, gen: torch.Generator) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) and noise (B, C, H, W) for samples of `shape`."""
-        return draw_timesteps(0, self.critic.noise.last, shape[0], gen), randn(shape, gen)
+        return draw_timesteps(self.t_min, self.t_max, shape[0], gen), randn(shape, gen)
 
     def logit(self, x: Noised) -> Tensor:
         """(B,)"""
@@ -99,7 +102,7 @@ def _both(fake: Noised, real: Noised) -> Noised:
 
 def with_head(
     role: Role, condition: Condition, seed: int, processes: Processes
-) -> tuple[Role, Adversarial]:
+) -> tuple[Role, nn.Module]:
     """The critic with a head to train, spread as its network is. condition: any, a batch of one."""
     network = role.network
     x = torch.zeros((1, *network.shape), device=network.device)
@@ -110,4 +113,4 @@ def with_head(
     own = head(channels, height, width, seed).to(network.device)
     processes.shard(own)
     named = {f"head.{name}": parameter for name, parameter in own.named_parameters()}
-    return Role(network, role.parameters | named), Adversarial(network, own)
+    return Role(network, role.parameters | named), own

@@ -72,6 +72,15 @@ def test_a_head_is_a_function_of_the_seed() -> None:
 # Whom it teaches, and what is told of the images
 
 
+def test_the_discriminator_sees_the_timesteps_that_are_set() -> None:
+    asked = distillation(adversarial_t_min=250, adversarial_t_max=252).adversarial
+    assert asked
+    t, _ = asked.draw(torch.Size((64, *MLP)), torch.Generator().manual_seed(0))
+    assert set(t.tolist()) == {250, 251, 252}
+    everywhere = distillation().adversarial
+    assert everywhere and (everywhere.t_min, everywhere.t_max) == (0, 999)
+
+
 def test_the_head_learns_in_the_critics_updates_alone() -> None:
     state = distillation(critic_updates=1)
     heads = {k: v for k, v in state.roles.critic.parameters.items() if k.startswith("head.")}
