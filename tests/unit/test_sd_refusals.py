@@ -107,7 +107,7 @@ LPIPS = {"regression_loss": "lpips", "regression_weight": 0.25}
         (LPIPS, [], ["vgg16-397923af.pth", "Download", "regression_loss: pseudo-huber"]),
         ({"trackers": ["wandb"]}, ["wandb"], ["trackers: wandb", "pip install wandb"]),
         ({"optimizer": "adamw-8bit"}, ["bitsandbytes"], ["adamw-8bit", "pip install bitsandbytes"]),
-        ({"conditioning_timestep": 1000}, [], ["conditioning_timestep", "1000"]),
+        ({"conditioning_timestep": 1000}, [], ["timesteps", "1000"]),
         ({"decoder": "prompts.txt"}, [], ["prompts.txt", "not a whole safetensors file"]),
     ],
 )
