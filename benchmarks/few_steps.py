@@ -27,7 +27,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from kit.testbeds import (  # noqa: E402
     CPU,
-    HELD,
     SAMPLER,
     SAMPLER_STEPS,
     Testbed,
@@ -41,21 +40,17 @@ from torch import Tensor  # noqa: E402
 from dmd_train.config import Config, make_config  # noqa: E402
 from dmd_train.data.pairs import Pairs  # noqa: E402
 from dmd_train.iteration import Distillation, Draw  # noqa: E402
-from dmd_train.method.network import Condition, Network, guided_x0  # noqa: E402
+from dmd_train.method.network import Condition, guided_x0  # noqa: E402
 from dmd_train.method.noise import per_sample  # noqa: E402
 from dmd_train.method.objectives import DistributionMatching, draw_timesteps  # noqa: E402
-from dmd_train.method.recipe import Recipe  # noqa: E402
 from dmd_train.method.sample import (  # noqa: E402
     eps_hat,
     rollout,
-    sample_student,
     sample_teacher,
-    step_noise,
 )
 from dmd_train.method.seeding import generator, randn  # noqa: E402
 from dmd_train.networks.loaded import student_recipe  # noqa: E402
 from dmd_train.prepare import make_roles  # noqa: E402
-from dmd_train.run.metrics import frechet_distance, intra_class_std_ratio  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -310,37 +305,17 @@ class Runs(NamedTuple):
             state.iteration(step, self.pairs if config.needs_pairs else None)
         cost = sum(counted)
         with state.ema.swapped_in():
-            last, diversity = self.measured(state.roles.student.network, state.recipe)
+            last = self.bed.measure(state.roles.student.network, state.recipe)
         return {
             "bed": self.name,
             "row": row,
             "seed": seed,
             "steps": steps,
             "cost": cost,
-            "first": self.measured(self.bed.network, state.recipe)[0],
-            "last": last,
-            "diversity": diversity,
+            "first": self.bed.measure(self.bed.network, state.recipe).distance,
+            "last": last.distance,
+            "diversity": last.diversity,
         }
-
-    @torch.no_grad()
-    def measured(self, network: Network, recipe: Recipe) -> tuple[float, float]:
-        """Frechet distance to the teacher's held samples, and the diversity over theirs."""
-        held = self.bed.held(recipe.baked_guidance)
-        fresh = step_noise(network.shape, HELD, 1, recipe.nfe, CPU)
-        noise = [held.z, *fresh[1:]]
-        x0 = torch.cat(
-            [
-                sample_student(
-                    network,
-                    recipe,
-                    self.bed.conditions.take(held.label[part], CPU),
-                    [z[part] for z in noise],
-                )
-                for part in torch.arange(HELD).split(256)
-            ]
-        )
-        spread = intra_class_std_ratio(x0, held.label, held.image, held.label)
-        return frechet_distance(x0, held.image), spread
 
 
 def cost_of_update(config: Config, way: str) -> int:

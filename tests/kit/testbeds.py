@@ -22,7 +22,7 @@ from dmd_train.distil import distil
 from dmd_train.method.network import Condition, Network
 from dmd_train.method.noise import TIMESTEPS, VP, Flow, x0_from
 from dmd_train.method.recipe import Recipe
-from dmd_train.method.sample import sample_student, sample_teacher
+from dmd_train.method.sample import sample_student, sample_teacher, step_noise
 from dmd_train.method.seeding import generator, randn
 from dmd_train.networks.digits import CLASSES, SIZE, DigitsNet, digits
 from dmd_train.networks.load import load
@@ -152,9 +152,10 @@ class Testbed:
     def measure(self, network: Network, recipe: Recipe) -> Numbers:
         """A student's, or with the teacher itself what a student starts from."""
         held = self.held(recipe.baked_guidance)
+        _, *between = step_noise(network.shape, HELD, 1, recipe.nfe, CPU)
         images = self._in_parts(
-            lambda z, condition: sample_student(network, recipe, condition, [z]),
-            held.z,
+            lambda z, condition: sample_student(network, recipe, condition, list(z.unbind(1))),
+            torch.stack([held.z, *between], dim=1),
             held.label,
         )
         spread = intra_class_std_ratio(images, held.label, held.image, held.label)
