@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import Conv2d, GroupNorm, Sequential, SiLU, functional
 
 from .network import Condition, Network
 from .noise import TIMESTEPS
@@ -20,7 +20,7 @@ SMALLEST = 4
 """Side, in features, down to which the head halves them (DMD2's code)."""
 
 
-def head(channels: int, height: int, width: int, seed: int) -> nn.Sequential:
+def head(channels: int, height: int, width: int, seed: int) -> Sequential:
     """Features (B, channels, height, width) -> (B, 1, 1, 1) logits; large where they look real.
 
     DMD2's: halved by 4x4 convolutions down to a side of SMALLEST, then one convolution over what is
@@ -28,23 +28,23 @@ def head(channels: int, height: int, width: int, seed: int) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     while min(height, width) >= 2 * SMALLEST:
-        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_normed(channels)]
+        layers += [Conv2d(channels, channels, 4, stride=2, padding=1), *_normed(channels)]
         height, width = height // 2, width // 2
-    layers += [nn.Conv2d(channels, channels, (height, width)), *_normed(channels)]
-    layers.append(nn.Conv2d(channels, 1, 1))
+    layers += [Conv2d(channels, channels, (height, width)), *_normed(channels)]
+    layers.append(Conv2d(channels, 1, 1))
     for number, layer in enumerate(layers):
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, Conv2d):
             gen = generator(layer.weight.device, seed, "head", number)
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=gen)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return Sequential(*layers)
 
 
 def _normed(channels: int) -> tuple[nn.Module, nn.Module]:
     # a group of one channel, over one value, would be zero whatever it is
     groups = math.gcd(32, max(1, channels // 4))
-    return nn.GroupNorm(groups, channels), nn.SiLU()
+    return GroupNorm(groups, channels), SiLU()
 
 
 class Noised(NamedTuple):

@@ -81,7 +81,7 @@ def read(folder: Path) -> PairBatch:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.glob("shard-*")}
 
 
 def origin(folder: Path) -> list[Any]:

@@ -7,6 +7,7 @@ import traceback
 from contextlib import closing
 from pathlib import Path
 
+from accelerate import PartialState
 from kit.command_line import run_command
 
 
@@ -36,6 +37,7 @@ def _become(output: Path, arguments: tuple[object, ...], environment: dict[str, 
     try:
         sys.stdout = sys.stderr = output.open("a", buffering=1)
         os.environ |= environment
+        PartialState._reset_state()  # a library may have made that of one process
         code = run_command(*arguments)
     except BaseException:
         traceback.print_exc()
