@@ -142,7 +142,7 @@ SEVERAL_STEPS = {
     "pairs": Choice(256, STEPS_MEASURED),
 }
 FOUR_STEPS = SEVERAL_STEPS | {"timesteps": Choice([799, 599, 399, 199], STEPS_MEASURED)}
-TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([499, 249], "as of four; not measured alone")}
+TWO_STEPS = SEVERAL_STEPS | {"timesteps": Choice([499, 249], STEPS_MEASURED)}
 FOUR_OF_ANY = {
     "timesteps": Choice([999, 749, 499, 249], "D2 4.4; flow models begin at 999"),
     "input_noise": Choice("unit", "as at 999"),
